@@ -1,0 +1,353 @@
+// Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16), backwards over the tokens of a row:
+//
+//   delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        returns_t = A_t + V_t
+//   A_T = 0, V_T = bootstrap (0 by default)
+//
+// A token off the mask (weight m = 0) is passed over, in one of the two ways peers do it:
+//   carry   A and V_{t+1} reach the next kept token unchanged (verl, NeMo-RL, AReaL); m mixes the old and the new state
+//   decay   its reward and value count as 0 and A decays through it (OpenRLHF)
+// Outputs are 0 there. With returns_lam the returns use a second recursion of their own lambda (VAPO, arXiv 2504.05118).
+//
+// The CPU walks each row. On CUDA one token is an affine map of the state (V_{t+1}, A_{t+1}), maps compose, and a block
+// scans them: a thread takes a few tokens, a warp scans its threads, warps follow each other from the right. Where a token
+// stands in its row decides all of that, so that padding or packing does not change the bits.
+// Bytes a token in float32: 8 + mask read, 8 written; the minimum.
+#pragma once
+
+#include "loops.h"
+
+namespace rlhf_fast::RLHF_UNIT {
+
+struct GaeOptions {
+  double gamma, lam, returns_lam;
+  const double *lam_rows, *returns_lam_rows;  // a value a row, or null
+  bool decay;
+
+  HOST_DEVICE GaeOptions of_row(int64_t row) const {
+    GaeOptions o = *this;
+    if (lam_rows) o.lam = lam_rows[row];
+    if (returns_lam_rows) o.returns_lam = returns_lam_rows[row];
+    return o;
+  }
+};
+
+struct GaeState {
+  double next_value, advantage, returns_advantage;
+};
+
+// The state before token t, from the state after it. Reward and value of a token without weight are not looked at: they may
+// be anything, NaN included.
+HOST_DEVICE GaeState gae_step(const GaeState& s, double reward, double value, double m, const GaeOptions& o) {
+  if (m == 0 && !o.decay) return s;
+  if (o.decay) {
+    reward = m == 0 ? 0.0 : m * reward;
+    value = m == 0 ? 0.0 : m * value;
+  }
+  const double delta = reward + o.gamma * s.next_value - value;
+  const GaeState next{value, delta + o.gamma * o.lam * s.advantage, delta + o.gamma * o.returns_lam * s.returns_advantage};
+  if (o.decay || m == 1) return next;
+  return {m * next.next_value + (1 - m) * s.next_value, m * next.advantage + (1 - m) * s.advantage,
+          m * next.returns_advantage + (1 - m) * s.returns_advantage};
+}
+
+template <class A>
+struct GaeArrays {
+  const A *rewards, *values;  // [B, T] or [N]
+  Mask mask;
+  const A* bootstrap;  // [rows] or null
+  A *advantages, *returns;
+
+  HOST_DEVICE GaeState start(int64_t row) const { return {bootstrap ? static_cast<double>(bootstrap[row]) : 0.0, 0.0, 0.0}; }
+  HOST_DEVICE A advantage_of(const GaeState& s, double m) const { return static_cast<A>(m != 0 ? m * s.advantage : 0.0); }
+  HOST_DEVICE A return_of(const GaeState& s, double value, double m) const {
+    return static_cast<A>(m != 0 ? m * (s.returns_advantage + value) : 0.0);
+  }
+};
+
+// Rows of a padded [B, T] tensor, or of a packed [N] one: row b is [offsets[b], offsets[b + 1]). Offsets from a CUDA tensor
+// cannot be checked on the host, so they are bounded here.
+struct GaeRows {
+  int64_t rows, length, tokens;
+  const void* offsets;
+  bool long_offsets;
+
+  HOST_DEVICE int64_t offset(int64_t b) const {
+    const int64_t at = long_offsets ? static_cast<const int64_t*>(offsets)[b] : static_cast<const int32_t*>(offsets)[b];
+    return at < 0 ? 0 : at > tokens ? tokens : at;
+  }
+  HOST_DEVICE int64_t begin(int64_t row) const { return offsets ? offset(row) : row * length; }
+  HOST_DEVICE int64_t end(int64_t row) const { return offsets ? offset(row + 1) : (row + 1) * length; }
+};
+
+// d loss / d (rewards, values, bootstrap) of one row: the adjoint of gae_step, forwards over the tokens.
+template <class A>
+HOST_DEVICE void gae_row_backward(const A* grad_advantages, const A* grad_returns, const Mask& mask, A* grad_rewards, A* grad_values,
+                                  A* grad_bootstrap, int64_t row, int64_t begin, int64_t end, const GaeOptions& o) {
+  double by_value = 0, by_advantage = 0, by_returns = 0;  // of the state before the token
+  for (int64_t t = begin; t < end; ++t) {
+    const double m = mask[t];
+    const double keep = o.decay ? 0.0 : 1.0 - m;     // share of the state that passes the token by
+    const double use = o.decay ? 1.0 : m;            // share that goes through delta
+    if (m != 0) {
+      by_advantage += m * grad_advantages[t];
+      by_returns += m * grad_returns[t];
+    }
+    const double by_delta = by_advantage + by_returns;
+    grad_rewards[t] = static_cast<A>(m * by_delta);
+    grad_values[t] = static_cast<A>(m != 0 ? m * (by_value - by_delta) + m * grad_returns[t] : 0.0);
+    by_value = keep * by_value + use * o.gamma * by_delta;
+    by_advantage *= keep + use * o.gamma * o.lam;
+    by_returns *= keep + use * o.gamma * o.returns_lam;
+  }
+  if (grad_bootstrap) grad_bootstrap[row] = static_cast<A>(by_value);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct GaeCall {
+  Tensor rewards, values;
+  OptionalTensor mask, bootstrap, lam, returns_lam, offsets;
+  GaeRows rows;
+  GaeOptions options;
+};
+
+inline GaeCall gae_call(Tensor rewards, Tensor values, OptionalTensor mask, OptionalTensor bootstrap, OptionalTensor lam_rows,
+                        OptionalTensor returns_lam_rows, OptionalTensor cu_seqlens, double gamma, double lam, double returns_lam, bool decay) {
+  const char* op = "gae";
+  const bool packed = cu_seqlens.has_value();
+  CHECK_VALUE(rewards.dim() == (packed ? 1 : 2), op, ": `rewards` must be ", packed ? "[N] beside `cu_seqlens`" : "[B, T]", ", got shape ",
+              shape_of(rewards));
+  check_twin(op, "values", values, "rewards", rewards);
+  GaeCall call{dense(rewards), dense(values), contiguous_mask(op, mask, "rewards", rewards)};
+  int64_t rows = packed ? 0 : rewards.size(0);
+  if (packed) {
+    CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op, ": `cu_seqlens` must be [sequences + 1], got shape ", shape_of(*cu_seqlens));
+    CHECK_TYPE(cu_seqlens->scalar_type() == ScalarType::Int || cu_seqlens->scalar_type() == ScalarType::Long, op,
+               ": `cu_seqlens` must be int32 or int64, got ", torch::headeronly::toString(cu_seqlens->scalar_type()));
+    check_same_device(op, "cu_seqlens", *cu_seqlens, "rewards", rewards);
+    call.offsets = dense(*cu_seqlens);
+    rows = cu_seqlens->size(0) - 1;
+  }
+  auto take_rows = [&](const OptionalTensor& t, const char* name, ScalarType type, OptionalTensor& into) {
+    if (!t.has_value()) return;
+    CHECK_VALUE(t->dim() == 1 && t->size(0) == rows, op, ": `", name, "` must hold one value a sequence, [", rows, "], got shape ", shape_of(*t));
+    check_same_device(op, name, *t, "rewards", rewards);
+    CHECK_TYPE(t->scalar_type() == type, op, ": `", name, "` must be ", torch::headeronly::toString(type), " here, got ",
+               torch::headeronly::toString(t->scalar_type()));
+    into = dense(*t);
+  };
+  take_rows(bootstrap, "bootstrap", rewards.scalar_type(), call.bootstrap);
+  take_rows(lam_rows, "lam", ScalarType::Double, call.lam);
+  take_rows(returns_lam_rows, "returns_lam", ScalarType::Double, call.returns_lam);
+  call.rows = {rows, packed ? 0 : rewards.size(1), rewards.numel(), packed ? call.offsets->const_data_ptr() : nullptr,
+               packed && call.offsets->scalar_type() == ScalarType::Long};
+  call.options = {gamma, lam, returns_lam, call.lam ? in<double>(*call.lam) : nullptr, call.returns_lam ? in<double>(*call.returns_lam) : nullptr, decay};
+  return call;
+}
+
+template <class A>
+GaeArrays<A> gae_arrays(const GaeCall& call, const Tensor& advantages, const Tensor& returns) {
+  return {in<A>(call.rewards), in<A>(call.values), mask_view("gae", call.mask), call.bootstrap ? in<A>(*call.bootstrap) : nullptr,
+          out<A>(advantages), out<A>(returns)};
+}
+
+// A packed token that no sequence claims keeps the zero it starts with.
+inline Tensor gae_output(const GaeCall& call) {
+  return call.offsets.has_value() ? torch::stable::new_zeros(call.rewards, call.rewards.sizes())
+                                  : torch::stable::new_empty(call.rewards, call.rewards.sizes());
+}
+
+#if !defined(RLHF_DEVICE_CODE)
+
+inline void check_offsets(const GaeCall& call) {
+  if (!call.offsets.has_value()) return;
+  auto raw = [&](int64_t b) {
+    const void* data = call.offsets->const_data_ptr();
+    return call.rows.long_offsets ? static_cast<const int64_t*>(data)[b] : static_cast<const int32_t*>(data)[b];
+  };
+  CHECK_VALUE(raw(0) == 0, "gae: `cu_seqlens` must start at 0, got ", raw(0));
+  for (int64_t b = 0; b < call.rows.rows; ++b)
+    CHECK_VALUE(raw(b + 1) >= raw(b), "gae: `cu_seqlens` must not decrease, got ", raw(b), " then ", raw(b + 1), " at position ", b + 1);
+  CHECK_VALUE(raw(call.rows.rows) == call.rows.tokens, "gae: `cu_seqlens` must end at N = ", call.rows.tokens, ", got ", raw(call.rows.rows));
+}
+
+template <class A, bool kMasked>
+void gae_row(const GaeArrays<A>& a, int64_t row, int64_t begin, int64_t end, const GaeOptions& o) {
+  GaeState state = a.start(row);
+  for (int64_t t = end - 1; t >= begin; --t) {
+    const double m = kMasked ? a.mask[t] : 1.0, value = a.values[t];
+    state = gae_step(state, a.rewards[t], value, m, o);
+    a.advantages[t] = a.advantage_of(state, m);
+    a.returns[t] = a.return_of(state, value, m);
+  }
+}
+
+template <class F>
+void for_gae_rows(const GaeCall& call, const F& f) {
+  const GaeRows& rows = call.rows;
+  const int64_t each = rows.rows > 0 ? rows.tokens / rows.rows : 0;
+  parallel_for(rows.rows, each, [&](int64_t row) { f(row, rows.begin(row), rows.end(row), call.options.of_row(row)); });
+}
+
+#else
+
+// The effect of a run of tokens on the state to their right.
+struct GaeMap {
+  double value_by_value, value;                                // V' = value_by_value V + value
+  double advantage_by_advantage, advantage_by_value, advantage;  // A' = ...
+  double returns_by_returns, returns_by_value, returns;
+
+  HOST_DEVICE static GaeMap identity() { return {1, 0, 1, 0, 0, 1, 0, 0}; }
+
+  HOST_DEVICE static GaeMap token(double reward, double value, double m, const GaeOptions& o) {
+    if (m == 0 && !o.decay) return identity();
+    const double r = m == 0 ? 0.0 : m * reward, v = m == 0 ? 0.0 : m * value;
+    const double keep = o.decay ? 0.0 : 1 - m, use = o.decay ? 1.0 : m;
+    return {keep, v, use * o.gamma * o.lam + keep, use * o.gamma, r - v, use * o.gamma * o.returns_lam + keep, use * o.gamma, r - v};
+  }
+
+  HOST_DEVICE GaeState operator()(const GaeState& s) const {
+    return {value_by_value * s.next_value + value,
+            advantage_by_advantage * s.advantage + advantage_by_value * s.next_value + advantage,
+            returns_by_returns * s.returns_advantage + returns_by_value * s.next_value + returns};
+  }
+};
+
+// left(right(state))
+HOST_DEVICE GaeMap compose(const GaeMap& left, const GaeMap& right) {
+  return {left.value_by_value * right.value_by_value,
+          left.value_by_value * right.value + left.value,
+          left.advantage_by_advantage * right.advantage_by_advantage,
+          left.advantage_by_advantage * right.advantage_by_value + left.advantage_by_value * right.value_by_value,
+          left.advantage_by_advantage * right.advantage + left.advantage_by_value * right.value + left.advantage,
+          left.returns_by_returns * right.returns_by_returns,
+          left.returns_by_returns * right.returns_by_value + left.returns_by_value * right.value_by_value,
+          left.returns_by_returns * right.returns + left.returns_by_value * right.value + left.returns};
+}
+
+// One block a row, in tiles from the right.
+template <int kThreads, class A>
+__global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, GaeRows rows, GaeOptions options) {
+  constexpr int kPack = Pack<A>::kSize, kTokens = 2 * kPack, kWarps = kThreads / kWarp;
+  constexpr int64_t kTile = int64_t(kThreads) * kTokens;
+  __shared__ GaeMap warp_maps[kWarps];
+  __shared__ GaeState carried;
+  const int64_t row = blockIdx.x, begin = rows.begin(row), length = rows.end(row) - begin;
+  const GaeOptions o = options.of_row(row);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const A *rewards = a.rewards + begin, *values = a.values + begin;
+  A *advantages = a.advantages + begin, *returns = a.returns + begin;
+  const bool aligned = is_aligned16(rewards) && is_aligned16(values) && is_aligned16(advantages) && is_aligned16(returns);
+  if (threadIdx.x == 0) carried = a.start(row);
+  for (int64_t tile = length > 0 ? (length - 1) / kTile : -1; tile >= 0; --tile) {
+    const int64_t first = tile * kTile + int64_t(threadIdx.x) * kTokens;
+    Pack<A> r[2], v[2];
+    double m[kTokens];
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      r[p] = load_pack(rewards, first + p * kPack, length, aligned, A(0));
+      v[p] = load_pack(values, first + p * kPack, length, aligned, A(0));
+    }
+    GaeMap map = GaeMap::identity();
+#pragma unroll
+    for (int k = kTokens - 1; k >= 0; --k) {
+      m[k] = first + k < length ? a.mask[begin + first + k] : 0.0;
+      if (first + k < length) map = compose(GaeMap::token(r[k / kPack].at[k % kPack], v[k / kPack].at[k % kPack], m[k], o), map);
+    }
+#pragma unroll
+    for (int delta = 1; delta < kWarp; delta *= 2) {  // map becomes that of this thread and all to its right in the warp
+      const GaeMap right = shuffle_down(map, delta);
+      if (lane + delta < kWarp) map = compose(map, right);
+    }
+    GaeMap to_the_right = shuffle_down(map, 1);
+    if (lane == kWarp - 1) to_the_right = GaeMap::identity();
+    if (lane == 0) warp_maps[warp] = map;
+    __syncthreads();
+    GaeState state = carried;
+    for (int w = kWarps - 1; w > warp; --w) state = warp_maps[w](state);
+    const GaeState before_warp = warp_maps[warp](state);
+    state = to_the_right(state);
+    __syncthreads();  // everyone has read `carried` and the maps
+    if (threadIdx.x == 0) carried = before_warp;
+    Pack<A> advantage[2], value_return[2];
+#pragma unroll
+    for (int k = kTokens - 1; k >= 0; --k) {
+      const double value = v[k / kPack].at[k % kPack];
+      if (first + k < length) state = gae_step(state, r[k / kPack].at[k % kPack], value, m[k], o);
+      advantage[k / kPack].at[k % kPack] = a.advantage_of(state, m[k]);
+      value_return[k / kPack].at[k % kPack] = a.return_of(state, value, m[k]);
+    }
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      store_pack(advantages, first + p * kPack, length, aligned, advantage[p]);
+      store_pack(returns, first + p * kPack, length, aligned, value_return[p]);
+    }
+    __syncthreads();  // `carried` is written before the next tile reads it
+  }
+}
+
+// One thread a row: gradients through GAE are asked for in tests of other code, hardly in training, where advantages are constants.
+template <class A>
+__global__ void __launch_bounds__(kLoopThreads) gae_backward_kernel(const A* grad_advantages, const A* grad_returns, Mask mask, A* grad_rewards,
+                                                                    A* grad_values, A* grad_bootstrap, GaeRows rows, GaeOptions options) {
+  const int64_t row = blockIdx.x * int64_t(kLoopThreads) + threadIdx.x;
+  if (row < rows.rows)
+    gae_row_backward(grad_advantages, grad_returns, mask, grad_rewards, grad_values, grad_bootstrap, row, rows.begin(row), rows.end(row),
+                     options.of_row(row));
+}
+
+#endif
+
+inline std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTensor mask, OptionalTensor bootstrap, OptionalTensor lam_rows,
+                                      OptionalTensor returns_lam_rows, OptionalTensor cu_seqlens, double gamma, double lam, double returns_lam,
+                                      bool decay) {
+  const GaeCall call = gae_call(rewards, values, mask, bootstrap, lam_rows, returns_lam_rows, cu_seqlens, gamma, lam, returns_lam, decay);
+  Tensor advantages = gae_output(call), returns = gae_output(call);
+#if !defined(RLHF_DEVICE_CODE)
+  check_offsets(call);
+#endif
+  for_real(rewards.scalar_type(), "gae", "rewards", [&](auto zero) {
+    using A = decltype(zero);
+    const GaeArrays<A> arrays = gae_arrays<A>(call, advantages, returns);
+#if !defined(RLHF_DEVICE_CODE)
+    for_gae_rows(call, [&](int64_t row, int64_t begin, int64_t end, const GaeOptions& o) {
+      call.mask ? gae_row<A, true>(arrays, row, begin, end, o) : gae_row<A, false>(arrays, row, begin, end, o);
+    });
+#else
+    const int64_t mean_length = call.rows.rows > 0 ? call.rows.tokens / call.rows.rows : 0;
+    if (mean_length <= 256) launch(call.rewards, gae_kernel<kWarp, A>, call.rows.rows, kWarp, arrays, call.rows, call.options);
+    else launch(call.rewards, gae_kernel<256, A>, call.rows.rows, 256, arrays, call.rows, call.options);
+#endif
+  });
+  return {advantages, returns};
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> gae_backward(Tensor grad_advantages_, Tensor grad_returns_, Tensor rewards, Tensor values,
+                                                       OptionalTensor mask, OptionalTensor bootstrap, OptionalTensor lam_rows,
+                                                       OptionalTensor returns_lam_rows, OptionalTensor cu_seqlens, double gamma, double lam,
+                                                       double returns_lam, bool decay) {
+  const GaeCall call = gae_call(rewards, values, mask, bootstrap, lam_rows, returns_lam_rows, cu_seqlens, gamma, lam, returns_lam, decay);
+  check_twin("gae", "grad_advantages", grad_advantages_, "rewards", rewards);
+  check_twin("gae", "grad_returns", grad_returns_, "rewards", rewards);
+  const Tensor grad_advantages = dense(grad_advantages_), grad_returns = dense(grad_returns_);
+  Tensor grad_rewards = gae_output(call), grad_values = gae_output(call);
+  Tensor grad_bootstrap = torch::stable::new_empty(call.rewards, {call.bootstrap ? call.rows.rows : 0});
+  for_real(rewards.scalar_type(), "gae", "rewards", [&](auto zero) {
+    using A = decltype(zero);
+    const A *ga = in<A>(grad_advantages), *gr = in<A>(grad_returns);
+    A *to_rewards = out<A>(grad_rewards), *to_values = out<A>(grad_values);
+    A* to_bootstrap = call.bootstrap ? out<A>(grad_bootstrap) : nullptr;
+    const Mask view = mask_view("gae", call.mask);
+#if !defined(RLHF_DEVICE_CODE)
+    for_gae_rows(call, [&](int64_t row, int64_t begin, int64_t end, const GaeOptions& o) {
+      gae_row_backward(ga, gr, view, to_rewards, to_values, to_bootstrap, row, begin, end, o);
+    });
+#else
+    launch(call.rewards, gae_backward_kernel<A>, ceil_div(call.rows.rows, kLoopThreads), kLoopThreads, ga, gr, view, to_rewards, to_values,
+           to_bootstrap, call.rows, call.options);
+#endif
+  });
+  return {grad_rewards, grad_values, grad_bootstrap};
+}
+
+}  // namespace rlhf_fast::RLHF_UNIT

@@ -1,0 +1,218 @@
+// Per-token KL penalties, and the rewards that RLHF builds from them.
+//
+// With d = logprob - ref_logprob of the sampled token, clamped to +-log_ratio_clip (Schulman 2020, joschu.net/blog/kl-approx):
+//   k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d        abs = |d|
+// each then clamped to +-output_clip. A "+" estimator has the value of its base and the gradient of an unclamped k2, whose
+// expectation is the gradient of KL (the straight-through form of verl's kl_penalty).
+//
+// Bytes a token in float32: forward 4 + 4 + mask read, 4 written; the minimum.
+#pragma once
+
+#include "loops.h"
+
+namespace rlhf_fast::RLHF_UNIT {
+
+enum KlEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
+
+struct KlOptions {
+  int estimator;
+  bool straight_through;
+  double log_ratio_clip, output_clip;  // infinity for none
+};
+
+struct KlToken {
+  double value, slope;  // slope: d value / d logprob = - d value / d ref_logprob
+};
+
+HOST_DEVICE KlToken kl_step(double logprob, double ref_logprob, const KlOptions& o) {
+  const double raw = logprob - ref_logprob;
+  const double d = clamp(raw, -o.log_ratio_clip, o.log_ratio_clip);
+  double value = d, slope = 1.0;
+  if (o.estimator == kK2) {
+    value = 0.5 * d * d;
+    slope = d;
+  } else if (o.estimator == kK3) {
+    const double inverse_ratio = exp_any(-d);
+    value = inverse_ratio - 1.0 + d;
+    slope = 1.0 - inverse_ratio;
+  } else if (o.estimator == kAbs) {
+    value = d < 0 ? -d : d;
+    slope = d < 0 ? -1.0 : d > 0 ? 1.0 : 0.0;
+  }
+  slope *= clamp_slope(raw, -o.log_ratio_clip, o.log_ratio_clip) * clamp_slope(value, -o.output_clip, o.output_clip);
+  return {clamp(value, -o.output_clip, o.output_clip), o.straight_through ? raw : slope};
+}
+
+inline KlOptions kl_options(const char* op, int64_t estimator, bool straight_through, double log_ratio_clip, double output_clip) {
+  CHECK_VALUE(estimator >= kK1 && estimator <= kAbs, op, ": unknown `estimator` code ", estimator);
+  CHECK_VALUE(log_ratio_clip > 0 && output_clip > 0, op, ": clips must be above 0");
+  return {static_cast<int>(estimator), straight_through, log_ratio_clip, output_clip};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kl_penalty: any shape -> the same shape.
+
+template <class A>
+struct KlForward {
+  const A *logprobs, *ref_logprobs;
+  A* penalty;
+  KlOptions options;
+  HOST_DEVICE void operator()(int64_t i, double weight) const {
+    const double value = weight * kl_step(logprobs[i], ref_logprobs[i], options).value;
+    penalty[i] = static_cast<A>(weight == 0 ? 0.0 : value);
+  }
+};
+
+template <class A>
+struct KlBackward {
+  const A *grad, *logprobs, *ref_logprobs;
+  A* grad_logprobs;
+  KlOptions options;
+  HOST_DEVICE void operator()(int64_t i, double weight) const {
+    const double slope = weight * grad[i] * kl_step(logprobs[i], ref_logprobs[i], options).slope;
+    grad_logprobs[i] = static_cast<A>(weight == 0 ? 0.0 : slope);
+  }
+};
+
+inline Tensor kl_penalty(Tensor logprobs_, Tensor ref_logprobs_, OptionalTensor mask_, int64_t estimator, bool straight_through,
+                         double log_ratio_clip, double output_clip) {
+  const char* op = "kl_penalty";
+  check_twin(op, "ref_logprobs", ref_logprobs_, "logprobs", logprobs_);
+  const KlOptions options = kl_options(op, estimator, straight_through, log_ratio_clip, output_clip);
+  const Tensor logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
+  const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
+  Tensor penalty = torch::stable::new_empty(logprobs, logprobs.sizes());
+  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
+    using A = decltype(zero);
+    for_each(logprobs, logprobs.numel(), mask_view(op, mask), KlForward<A>{in<A>(logprobs), in<A>(ref_logprobs), out<A>(penalty), options});
+  });
+  return penalty;
+}
+
+inline Tensor kl_penalty_backward(Tensor grad_, Tensor logprobs_, Tensor ref_logprobs_, OptionalTensor mask_, int64_t estimator,
+                                  bool straight_through, double log_ratio_clip, double output_clip) {
+  const char* op = "kl_penalty";
+  check_twin(op, "ref_logprobs", ref_logprobs_, "logprobs", logprobs_);
+  check_twin(op, "grad", grad_, "logprobs", logprobs_);
+  const KlOptions options = kl_options(op, estimator, straight_through, log_ratio_clip, output_clip);
+  const Tensor grad = dense(grad_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
+  const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
+  Tensor grad_logprobs = torch::stable::new_empty(logprobs, logprobs.sizes());
+  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
+    using A = decltype(zero);
+    for_each(logprobs, logprobs.numel(), mask_view(op, mask),
+             KlBackward<A>{in<A>(grad), in<A>(logprobs), in<A>(ref_logprobs), out<A>(grad_logprobs), options});
+  });
+  return grad_logprobs;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// shape_rewards:  r[b, t] = - kl_coef * weight[b, t] * KL[b, t]  +  clamp(score[b], +-score_clip) at t = the row's last token
+
+struct ShapeOptions {
+  KlOptions kl;
+  double kl_coef, score_clip;
+};
+
+// The last position with weight, or -1: a row without a token has nowhere to put its score.
+template <class A>
+struct LastToken {
+  static constexpr int kTerms = 1;
+  HOST_DEVICE static Fold fold(int) { return Fold::kMax; }
+  int64_t length;
+  HOST_DEVICE void terms(int64_t row, int64_t i, double weight, double* t) const {
+    t[0] = weight != 0 ? static_cast<double>(i - row * length) : -1.0;
+  }
+};
+
+template <class A>
+struct ShapeForward {
+  const A *scores, *logprobs, *ref_logprobs;
+  const double* last;  // [rows * chunks]
+  A* rewards;
+  int64_t length, chunks;
+  ShapeOptions options;
+  HOST_DEVICE void operator()(int64_t i, double weight) const {
+    const int64_t row = i / length;
+    double reward = weight == 0 ? 0.0 : -options.kl_coef * weight * kl_step(logprobs[i], ref_logprobs[i], options.kl).value;
+    if (weight != 0 && row_terms<LastToken<A>>(last, row, chunks).at[0] == static_cast<double>(i - row * length))
+      reward += clamp(scores[row], -options.score_clip, options.score_clip);
+    rewards[i] = static_cast<A>(reward);
+  }
+};
+
+template <class A>
+struct ShapeBackward {
+  const A *grad, *scores, *logprobs, *ref_logprobs;
+  const double* last;
+  A *grad_scores, *grad_logprobs;  // grad_scores starts at zero
+  int64_t length, chunks;
+  ShapeOptions options;
+  HOST_DEVICE void operator()(int64_t i, double weight) const {
+    const int64_t row = i / length;
+    const double slope = -options.kl_coef * weight * grad[i] * kl_step(logprobs[i], ref_logprobs[i], options.kl).slope;
+    grad_logprobs[i] = static_cast<A>(weight == 0 ? 0.0 : slope);
+    if (weight != 0 && row_terms<LastToken<A>>(last, row, chunks).at[0] == static_cast<double>(i - row * length))
+      grad_scores[row] = static_cast<A>(grad[i] * clamp_slope(scores[row], -options.score_clip, options.score_clip));
+  }
+};
+
+inline void check_shape_rewards(const char* op, const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs) {
+  CHECK_VALUE(logprobs.dim() == 2, op, ": `logprobs` must be [B, T], got shape ", shape_of(logprobs));
+  check_twin(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs);
+  CHECK_VALUE(scores.dim() == 1 && scores.size(0) == logprobs.size(0), op, ": `scores` must be [B] = [", logprobs.size(0), "], got shape ",
+              shape_of(scores));
+  check_same_device(op, "scores", scores, "logprobs", logprobs);
+  CHECK_TYPE(scores.scalar_type() == logprobs.scalar_type(), op, ": `scores` must have the dtype of `logprobs`");
+}
+
+template <class A>
+Tensor last_tokens(const Tensor& logprobs, const Mask& mask) {
+  const int64_t rows = logprobs.size(0), length = logprobs.size(1);
+  Tensor last = partial_terms(logprobs, rows, length, 1);
+  reduce_rows(logprobs, rows, length, mask, LastToken<A>{length}, out<double>(last));
+  return last;
+}
+
+inline Tensor shape_rewards(Tensor scores_, Tensor logprobs_, Tensor ref_logprobs_, Tensor mask_, double kl_coef, int64_t estimator,
+                            bool straight_through, double score_clip) {
+  const char* op = "shape_rewards";
+  check_shape_rewards(op, scores_, logprobs_, ref_logprobs_);
+  const double none = std::numeric_limits<double>::infinity();
+  const ShapeOptions options{kl_options(op, estimator, straight_through, none, none), kl_coef, score_clip};
+  const Tensor scores = dense(scores_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
+  const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
+  Tensor rewards = torch::stable::new_empty(logprobs, logprobs.sizes());
+  const int64_t length = logprobs.size(1);
+  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
+    using A = decltype(zero);
+    const Tensor last = last_tokens<A>(logprobs, mask_view(op, mask));
+    for_each(logprobs, logprobs.numel(), mask_view(op, mask),
+             ShapeForward<A>{in<A>(scores), in<A>(logprobs), in<A>(ref_logprobs), in<double>(last), out<A>(rewards), length, chunks_of(length), options});
+  });
+  return rewards;
+}
+
+inline std::tuple<Tensor, Tensor> shape_rewards_backward(Tensor grad_, Tensor scores_, Tensor logprobs_, Tensor ref_logprobs_, Tensor mask_,
+                                                         double kl_coef, int64_t estimator, bool straight_through, double score_clip) {
+  const char* op = "shape_rewards";
+  check_shape_rewards(op, scores_, logprobs_, ref_logprobs_);
+  check_twin(op, "grad", grad_, "logprobs", logprobs_);
+  const double none = std::numeric_limits<double>::infinity();
+  const ShapeOptions options{kl_options(op, estimator, straight_through, none, none), kl_coef, score_clip};
+  const Tensor grad = dense(grad_), scores = dense(scores_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
+  const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
+  Tensor grad_scores = torch::stable::new_zeros(scores, scores.sizes());
+  Tensor grad_logprobs = torch::stable::new_empty(logprobs, logprobs.sizes());
+  const int64_t length = logprobs.size(1);
+  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
+    using A = decltype(zero);
+    const Tensor last = last_tokens<A>(logprobs, mask_view(op, mask));
+    for_each(logprobs, logprobs.numel(), mask_view(op, mask),
+             ShapeBackward<A>{in<A>(grad), in<A>(scores), in<A>(logprobs), in<A>(ref_logprobs), in<double>(last), out<A>(grad_scores),
+                              out<A>(grad_logprobs), length, chunks_of(length), options});
+  });
+  return {grad_scores, grad_logprobs};
+}
+
+}  // namespace rlhf_fast::RLHF_UNIT

@@ -1,0 +1,635 @@
+// Token log-probabilities and their entropy, from logits, in one pass.
+//
+//   z_j = logit_scale x_j / tau                          or, with a soft cap c,  z_j = c tanh(logit_scale x_j / c) / tau
+//   p_j = exp(z_j) / sum_k exp(z_k)
+//   logprob = log p_y        entropy H = -sum_j p_j log p_j
+//
+// Forward: a running maximum m with s = sum exp(z - m) and w = sum (z - m) exp(z - m), rescaled when m grows (Milakov and
+// Gimelshein 2018, arXiv 1805.02867), gives log p_y = (z_y - m) - log s and H = log s - w / s. No [rows, V] temporary.
+// Backward, from (m, log s, H) a row and upstream a for the log-prob, b for the entropy:
+//   dL/dz_j = a (1[j = y] - p_j) - b p_j (log p_j + H)
+//
+// Bytes, for rows of V logits of e bytes: forward reads e V; backward reads e V and writes e V, in place or not. The minimum.
+//
+// A row is reduced in an order that V alone decides: the same bits whatever batch it stands in, padded or packed.
+#pragma once
+
+#include "numerics.h"
+
+namespace rlhf_fast::RLHF_UNIT {
+
+// What a call says about every row, and where its rows lie: rows of V logits with stride 1, in up to two batch dimensions.
+struct LogitRows {
+  int64_t rows = 1, inner = 1, vocab = 0;
+  int64_t outer_stride = 0, inner_stride = 0;
+  HOST_DEVICE int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
+};
+
+template <class A>
+struct LogitMap {  // x -> z, for one row
+  A slope;         // dz/dx at 0: logit_scale / tau
+  A cap;           // c / tau, or 0 for no cap
+  A inner;         // logit_scale / c
+};
+
+struct LogprobOptions {
+  const void* temperature;  // a value a row, of the type A, or null
+  double temperature_value, softcap, logit_scale;
+  int64_t ignore_index;
+  Mask mask;  // a weight a row
+
+  template <class A>
+  HOST_DEVICE LogitMap<A> map(int64_t row) const {
+    const double tau = temperature ? static_cast<double>(static_cast<const A*>(temperature)[row]) : temperature_value;
+    const double slope = logit_scale / tau;
+    if (softcap == 0) return {static_cast<A>(slope), A(0), A(0)};
+    return {static_cast<A>(slope), static_cast<A>(softcap / tau), static_cast<A>(logit_scale / softcap)};
+  }
+};
+
+template <class A>
+struct RowStats {  // kept for the backward pass, [rows, 3]
+  A max;           // of x without a cap, of z with one
+  A log_sum;       // log sum exp(z - z_max)
+  A entropy;
+};
+
+// tanh without a call, so that loops stay SIMD: Cephes' tanhf below .625, the exponential form above.
+HOST_DEVICE float tanh_smooth(float x) {
+#if defined(__CUDA_ARCH__)
+  return tanhf(x);
+#else
+  const float square = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float small = p * square * x + x;
+  const float magnitude = x < 0 ? -x : x;
+  const float e = exp_nonpositive(-2.0f * magnitude);
+  const float ratio = (1.0f - e) / (1.0f + e);
+  const float large = x < 0 ? -ratio : ratio;
+  return magnitude < 0.625f ? small : large;
+#endif
+}
+HOST_DEVICE double tanh_smooth(double x) { return tanh(x); }
+
+// Without a cap the map stays linear and the maximum is subtracted from x itself: exact where logits are large.
+template <bool kCapped, class A>
+HOST_DEVICE A capped(A x, const LogitMap<A>& map) {
+  if constexpr (kCapped) return map.cap * tanh_smooth(x * map.inner);
+  return x;
+}
+
+template <bool kCapped, class A>
+HOST_DEVICE A below_max(A value, A max, const LogitMap<A>& map) {  // z - z_max, from what capped() returned
+  if constexpr (kCapped) return value - max;
+  return (value - max) * map.slope;
+}
+
+// (max, sum, dot) of part of a row. `max` is the largest value; `sum` and `dot` are taken relative to it.
+struct SoftmaxSums {
+  double max, sum, dot;
+};
+
+constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+
+HOST_DEVICE void rescale(SoftmaxSums& s, double to, double slope) {
+  if (s.max == to || s.max == kMinusInfinity) {  // nothing summed yet, or a NaN that must stay
+    s.max = to;
+    return;
+  }
+  const double delta = (s.max - to) * slope;
+  const double factor = exp(delta);
+  s.dot = factor > 0 ? factor * (s.dot + delta * s.sum) : factor * s.sum;
+  s.sum *= factor;
+  s.max = to;
+}
+
+HOST_DEVICE void merge(SoftmaxSums& into, SoftmaxSums other, double slope) {
+  const double max = into.max > other.max ? into.max : other.max;
+  rescale(into, max, slope);
+  rescale(other, max, slope);
+  into.sum += other.sum;
+  into.dot += other.dot;
+}
+
+template <class A>
+HOST_DEVICE RowStats<A> finish_row(const SoftmaxSums& s) {
+  const double log_sum = log(s.sum);
+  const double entropy = log_sum - s.dot / s.sum;
+  return {static_cast<A>(s.max), static_cast<A>(log_sum), static_cast<A>(entropy < 0 ? 0.0 : entropy)};
+}
+
+// What one row gives out, or zero where nothing is asked of it. A label outside the vocabulary gives NaN: the CPU refuses
+// it before this is reached, a CUDA kernel cannot.
+template <bool kCapped, class T, class A>
+HOST_DEVICE void write_row(const T* x, const RowStats<A>& stats, const LogitMap<A>& map, int64_t label, int64_t vocab, double weight,
+                           bool ignored, A* logprob, A* entropy) {
+  if (ignored || weight == 0) {
+    *logprob = 0;
+    if (entropy) *entropy = 0;
+    return;
+  }
+  const bool valid = label >= 0 && label < vocab;
+  const A value = valid ? capped<kCapped>(static_cast<A>(x[label]), map) : std::numeric_limits<A>::quiet_NaN();
+  const double below = kCapped ? static_cast<double>(value) - stats.max : (static_cast<double>(value) - stats.max) * map.slope;
+  *logprob = static_cast<A>(weight * (below - static_cast<double>(stats.log_sum)));
+  if (entropy) *entropy = static_cast<A>(weight * stats.entropy);
+}
+
+// dL/dx of one logit. `below` is z - z_max.
+template <class A>
+HOST_DEVICE A logit_gradient(A below, const RowStats<A>& stats, A a, A b, bool is_label) {
+  const A log_p = below - stats.log_sum;
+  const A p = exp_nonpositive(log_p);
+  const A pull = p > 0 ? p * (a + b * (log_p + stats.entropy)) : p;  // p = 0 beside log p = -inf; p = NaN stays
+  return (is_label ? a : A(0)) - pull;
+}
+
+template <bool kCapped, class A>
+HOST_DEVICE A map_slope(A value, const LogitMap<A>& map) {  // dz/dx
+  if constexpr (!kCapped) return map.slope;
+  const A t = value / map.cap;
+  return map.slope * (A(1) - t * t);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks and views, shared by both devices.
+
+struct LogprobCall {
+  Tensor logits, labels;
+  OptionalTensor temperature, mask;
+  LogitRows rows;
+  LogprobOptions options;
+  bool long_labels;
+
+  HOST_DEVICE static int64_t label(const void* labels, bool is_long, int64_t row) {
+    return is_long ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
+  }
+};
+
+inline LogprobCall logprob_call(const char* op, const Tensor& logits_, const Tensor& labels, const OptionalTensor& temperature,
+                                const OptionalTensor& mask, double temperature_value, double softcap, double logit_scale,
+                                int64_t ignore_index) {
+  CHECK_VALUE(logits_.dim() >= 1 && logits_.dim() <= 3, op, ": `logits` must have 1 to 3 dimensions here, got ", shape_of(logits_));
+  const int64_t batch_dims = logits_.dim() - 1;
+  bool match = labels.dim() == batch_dims;
+  for (int64_t d = 0; match && d < batch_dims; ++d) match = labels.size(d) == logits_.size(d);
+  CHECK_VALUE(match, op, ": `labels` has shape ", shape_of(labels), " but must have the shape of `logits` without its last dimension; `logits` is ",
+              shape_of(logits_));
+  CHECK_TYPE(labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, op,
+             ": `labels` must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
+  check_same_device(op, "labels", labels, "logits", logits_);
+  const int64_t vocab = logits_.size(batch_dims);
+  CHECK_VALUE(vocab > 0 || labels.numel() == 0, op, ": `logits` has an empty vocabulary, shape ", shape_of(logits_));
+
+  LogprobCall call{vocab <= 1 || logits_.stride(batch_dims) == 1 ? logits_ : dense(logits_), dense(labels)};
+  call.long_labels = labels.scalar_type() == ScalarType::Long;
+  call.rows.rows = labels.numel();
+  call.rows.vocab = vocab;
+  if (batch_dims >= 1) {
+    call.rows.inner = logits_.size(batch_dims - 1) > 0 ? logits_.size(batch_dims - 1) : 1;
+    call.rows.inner_stride = call.logits.stride(batch_dims - 1);
+  }
+  if (batch_dims == 2) call.rows.outer_stride = call.logits.stride(0);
+
+  if (temperature.has_value()) {
+    check_like(op, "temperature", *temperature, "labels", labels);
+    CHECK_TYPE(temperature->scalar_type() == accumulate_type(call.logits), op, ": `temperature` must be ",
+               torch::headeronly::toString(accumulate_type(call.logits)), " here, got ", torch::headeronly::toString(temperature->scalar_type()));
+    call.temperature = dense(*temperature);
+  }
+  call.mask = contiguous_mask(op, mask, "labels", labels);
+  call.options = {call.temperature.has_value() ? call.temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
+                  ignore_index, mask_view(op, call.mask)};
+  return call;
+}
+
+// Fresh outputs of the shape of the labels, and the [rows, 3] statistics.
+inline std::tuple<Tensor, Tensor, Tensor> logprob_outputs(const LogprobCall& call, bool with_entropy) {
+  const ScalarType type = accumulate_type(call.logits);
+  const Tensor& l = call.labels;
+  Tensor logprobs = torch::stable::new_empty(l, l.sizes(), type);
+  Tensor entropy = with_entropy ? torch::stable::new_empty(l, l.sizes(), type) : torch::stable::new_empty(l, {0}, type);
+  Tensor stats = torch::stable::new_empty(l, {call.rows.rows, 3}, type);
+  return {logprobs, entropy, stats};
+}
+
+// Where the gradient goes: a new contiguous tensor, or over the logits. `rows` describes the target.
+inline Tensor gradient_target(const char* op, const LogprobCall& call, const Tensor& logits, bool inplace, LogitRows& rows) {
+  rows = call.rows;
+  if (!inplace) {
+    Tensor target = torch::stable::new_empty(logits, logits.sizes());
+    rows.inner_stride = rows.vocab;
+    rows.outer_stride = rows.vocab * rows.inner;
+    return target;
+  }
+  const bool one_row = rows.rows <= 1;
+  const bool apart = one_row || (rows.inner_stride >= rows.vocab && (rows.rows <= rows.inner || rows.outer_stride >= rows.inner_stride * rows.inner)) ||
+                     (rows.outer_stride >= rows.vocab && rows.inner_stride >= rows.outer_stride * (rows.rows / rows.inner)) ;
+  CHECK_VALUE(rows.vocab <= 1 || logits.stride(logits.dim() - 1) == 1, op,
+              ": `inplace_backward` needs logits whose last stride is 1, got ", logits.stride(logits.dim() - 1));
+  CHECK_VALUE(apart, op, ": `inplace_backward` needs rows that do not share memory; these `logits` are expanded or overlap");
+  return logits;
+}
+
+struct UpstreamGradients {  // contiguous, of the accumulate type; either may be absent
+  OptionalTensor logprobs, entropy;
+  template <class A> HOST_DEVICE static A read(const A* g, int64_t row) { return g ? g[row] : A(0); }
+};
+
+inline UpstreamGradients upstream(const char* op, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const LogprobCall& call) {
+  UpstreamGradients up;
+  auto take = [&](const OptionalTensor& g, const char* name, OptionalTensor& into) {
+    if (!g.has_value()) return;
+    check_like(op, name, *g, "labels", call.labels);
+    CHECK_TYPE(g->scalar_type() == accumulate_type(call.logits), op, ": `", name, "` has the wrong dtype");
+    into = dense(*g);
+  };
+  take(grad_logprobs, "grad_logprobs", up.logprobs);
+  take(grad_entropy, "grad_entropy", up.entropy);
+  return up;
+}
+
+inline void check_stats(const char* op, const Tensor& stats, const LogprobCall& call) {
+  CHECK_VALUE(stats.dim() == 2 && stats.size(0) == call.rows.rows && stats.size(1) == 3 && stats.is_contiguous() &&
+                  stats.scalar_type() == accumulate_type(call.logits),
+              op, ": `row_stats` is not what the forward pass returned");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+#if !defined(RLHF_DEVICE_CODE)
+
+constexpr int64_t kBlock = 1024;  // logits converted at a time: 4 KB of floats, in L1
+
+template <bool kCapped, class T, class A>
+HOST_DEVICE A load_block(const T* x, int64_t n, const LogitMap<A>& map, A* values) {
+  A max = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t j = 0; j < n; ++j) {
+    const A value = capped<kCapped>(static_cast<A>(x[j]), map);
+    values[j] = value;
+    max = value > max ? value : max;
+  }
+  return max;
+}
+
+template <bool kCapped, bool kEntropy, class T>
+CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map) {
+  using A = accumulate_t<T>;
+  alignas(64) A values[kBlock];
+  SoftmaxSums total{kMinusInfinity, 0, 0};
+  const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
+    const double block_max = load_block<kCapped>(x + start, n, map, values);
+    if (block_max > total.max) rescale(total, block_max, slope);
+    if (total.max == kMinusInfinity) {  // all -inf so far, or NaN, which a maximum does not see
+      for (int64_t j = 0; j < n; ++j)
+        if (values[j] != values[j]) total.sum = std::numeric_limits<double>::quiet_NaN();
+      continue;
+    }
+    const A max = static_cast<A>(total.max);
+    A sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+    for (int64_t j = 0; j < n; ++j) {
+      const A below = below_max<kCapped>(values[j], max, map);
+      const A e = exp_nonpositive(below);
+      sum += e;
+      if constexpr (kEntropy) dot += e > 0 ? below * e : A(0);
+    }
+    total.sum += sum;
+    total.dot += dot;
+  }
+  return total;
+}
+
+template <bool kCapped, class T>
+CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, const LogitMap<accumulate_t<T>>& map, const RowStats<accumulate_t<T>>& stats,
+                             accumulate_t<T> a, accumulate_t<T> b) {
+  using A = accumulate_t<T>;
+#pragma omp simd
+  for (int64_t j = 0; j < vocab; ++j) {
+    const A value = capped<kCapped>(static_cast<A>(x[j]), map);
+    const A g = logit_gradient(below_max<kCapped>(value, stats.max, map), stats, a, b, false);
+    dx[j] = static_cast<T>(g * map_slope<kCapped>(value, map));
+  }
+}
+
+// Refused here, on one thread: an exception thrown inside parallel_for would lose its text.
+inline void check_rows(const char* op, const LogprobCall& call) {
+  const void* labels = call.labels.const_data_ptr();
+  for (int64_t row = 0; row < call.rows.rows; ++row) {
+    const int64_t label = LogprobCall::label(labels, call.long_labels, row);
+    if (label == call.options.ignore_index || call.options.mask[row] == 0) continue;
+    CHECK_VALUE(label >= 0 && label < call.rows.vocab, op, ": `labels` holds ", label, " at flat position ", row,
+                "; a label must be in [0, ", call.rows.vocab, "), or ignore_index = ", call.options.ignore_index, ", or masked");
+  }
+  if (!call.temperature.has_value()) return;
+  for_real(call.temperature->scalar_type(), op, "temperature", [&](auto zero) {
+    const auto* tau = in<decltype(zero)>(*call.temperature);
+    for (int64_t row = 0; row < call.rows.rows; ++row)
+      CHECK_VALUE(tau[row] > 0 && tau[row] < std::numeric_limits<double>::infinity(), op, ": `temperature` holds ", tau[row],
+                  " at flat position ", row, "; it must be finite and above 0");
+  });
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor labels_, OptionalTensor temperature, OptionalTensor mask,
+                                                              double temperature_value, double softcap, double logit_scale,
+                                                              int64_t ignore_index, bool with_entropy, bool /*inplace_backward*/) {
+  const char* op = "gather_logprobs";
+  const LogprobCall call = logprob_call(op, logits, labels_, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
+  check_rows(op, call);
+  auto [logprobs, entropy, stats] = logprob_outputs(call, with_entropy);
+  const void* labels = call.labels.const_data_ptr();
+  for_logits(logits.scalar_type(), op, "logits", [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulate_t<T>;
+    const T* x = in<T>(call.logits);
+    A* logprob_out = out<A>(logprobs);
+    A* entropy_out = with_entropy ? out<A>(entropy) : nullptr;
+    auto* stats_out = reinterpret_cast<RowStats<A>*>(out<A>(stats));
+    auto run = [&](auto is_capped, auto has_entropy) {
+      constexpr bool kCapped = decltype(is_capped)::value;
+      constexpr bool kEntropy = decltype(has_entropy)::value;
+      parallel_for(call.rows.rows, call.rows.vocab, [&](int64_t row) {
+        const int64_t label = LogprobCall::label(labels, call.long_labels, row);
+        const double weight = call.options.mask[row];
+        const bool ignored = label == ignore_index;
+        const LogitMap<A> map = call.options.map<A>(row);
+        const T* logits_row = x + call.rows.offset(row);
+        RowStats<A> row_stats{};
+        if (!ignored && weight != 0) row_stats = finish_row<A>(softmax_sums<kCapped, kEntropy>(logits_row, call.rows.vocab, map));
+        stats_out[row] = row_stats;
+        write_row<kCapped>(logits_row, row_stats, map, label, call.rows.vocab, weight, ignored, logprob_out + row,
+                           entropy_out ? entropy_out + row : nullptr);
+      });
+    };
+    if (softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
+    else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+  });
+  return {logprobs, entropy, stats};
+}
+
+inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
+                                                const Tensor& logits, const LogprobCall& call, const Tensor& stats) {
+  const char* op = "gather_logprobs";
+  check_stats(op, stats, call);
+  check_rows(op, call);
+  const UpstreamGradients up = upstream(op, grad_logprobs, grad_entropy, call);
+  LogitRows target_rows;
+  Tensor target = gradient_target(op, call, logits, inplace, target_rows);
+  const void* labels = call.labels.const_data_ptr();
+  for_logits(logits.scalar_type(), op, "logits", [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulate_t<T>;
+    const T* x = in<T>(call.logits);
+    T* dx = out<T>(target);
+    const A* da = up.logprobs ? in<A>(*up.logprobs) : nullptr;
+    const A* db = up.entropy ? in<A>(*up.entropy) : nullptr;
+    const auto* stats_in = reinterpret_cast<const RowStats<A>*>(in<A>(stats));
+    auto run = [&](auto is_capped) {
+      constexpr bool kCapped = decltype(is_capped)::value;
+      parallel_for(call.rows.rows, call.rows.vocab, [&](int64_t row) {
+        const int64_t label = LogprobCall::label(labels, call.long_labels, row);
+        const double weight = call.options.mask[row];
+        T* target_row = dx + target_rows.offset(row);
+        const A a = static_cast<A>(weight * UpstreamGradients::read(da, row));
+        const A b = static_cast<A>(weight * UpstreamGradients::read(db, row));
+        if (label == call.options.ignore_index || weight == 0 || (a == 0 && b == 0)) {
+          memset(static_cast<void*>(target_row), 0, sizeof(T) * call.rows.vocab);
+          return;
+        }
+        const LogitMap<A> map = call.options.map<A>(row);
+        const T* logits_row = x + call.rows.offset(row);
+        const A at_label = capped<kCapped>(static_cast<A>(logits_row[label]), map);  // before an in-place write
+        row_gradient<kCapped>(logits_row, target_row, call.rows.vocab, map, stats_in[row], a, b);
+        const A g = logit_gradient(below_max<kCapped>(at_label, stats_in[row].max, map), stats_in[row], a, b, true);
+        target_row[label] = static_cast<T>(g * map_slope<kCapped>(at_label, map));
+      });
+    };
+    call.options.softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
+  });
+  return target;
+}
+
+
+// ---------------------------------------------------------------------------------------------------------------------
+#else
+
+template <class A>
+struct ThreadSums {  // one thread's share of a row
+  A max = -std::numeric_limits<A>::infinity(), sum = 0, dot = 0;
+
+  template <bool kCapped, bool kEntropy, int kCount>
+  __device__ void add(const A (&values)[kCount], const LogitMap<A>& map) {
+    A top = values[0];
+    bool nan = values[0] != values[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) {
+      top = values[i] > top ? values[i] : top;
+      nan = nan || values[i] != values[i];
+    }
+    if (nan) sum = std::numeric_limits<A>::quiet_NaN();
+    if (top > max) {
+      if (sum != 0 && max > -std::numeric_limits<A>::infinity()) {
+        const A delta = below_max<kCapped>(max, top, map);
+        const A factor = exp_nonpositive(delta);
+        dot = factor > 0 ? factor * (dot + delta * sum) : A(0);
+        sum *= factor;
+      }
+      max = top;
+    }
+    if (!(max > -std::numeric_limits<A>::infinity())) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const A below = below_max<kCapped>(values[i], max, map);
+      const A e = exp_nonpositive(below);
+      sum += e;
+      if constexpr (kEntropy) dot += e > 0 ? below * e : A(0);
+    }
+  }
+};
+
+struct MergedSums {  // SoftmaxSums with the slope beside it, so that block_merge can carry it
+  SoftmaxSums sums;
+  double slope;
+};
+HOST_DEVICE void merge(MergedSums& into, const MergedSums& other) { merge(into.sums, other.sums, into.slope); }
+
+constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
+constexpr int64_t kWarpRowVocab = 2048;  // rows up to here are read by one warp
+
+// One row by kThreads threads: a warp (several rows a block) or a whole block. kUnroll packs are in flight a thread.
+template <int kThreads, bool kCapped, bool kEntropy, class T>
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads)
+    gather_logprobs_kernel(const T* logits,                   // rows of V, as `rows` says
+                           const void* labels, bool long_labels,  // [rows]
+                           LogitRows rows, LogprobOptions options,
+                           accumulate_t<T>* logprobs,          // [rows]
+                           accumulate_t<T>* entropy,           // [rows] or null
+                           RowStats<accumulate_t<T>>* stats) {  // [rows]
+  using A = accumulate_t<T>;
+  constexpr int kUnroll = 4, kPack = Pack<T>::kSize;
+  const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x);
+  if (row >= rows.rows) return;  // whole warps leave together, and only where no block barrier follows
+  const int lane = threadIdx.x % kThreads;
+  const int64_t label = LogprobCall::label(labels, long_labels, row);
+  const double weight = options.mask[row];
+  const bool ignored = label == options.ignore_index;
+  const LogitMap<A> map = options.map<A>(row);
+  const T* x = logits + rows.offset(row);
+
+  RowStats<A> row_stats{};
+  if (!ignored && weight != 0) {
+    const bool aligned = is_aligned16(x);
+    const T fill = static_cast<T>(-std::numeric_limits<float>::infinity());
+    ThreadSums<A> mine;
+    for (int64_t first = int64_t(lane) * kPack; first < rows.vocab; first += int64_t(kThreads) * kPack * kUnroll) {
+      Pack<T> packs[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) packs[u] = load_pack(x, first + int64_t(u) * kThreads * kPack, rows.vocab, aligned, fill);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (first + int64_t(u) * kThreads * kPack >= rows.vocab) break;
+        A values[kPack];
+        // The fill stays -inf through a cap: tanh would turn it into a logit.
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          const bool inside = first + int64_t(u) * kThreads * kPack + i < rows.vocab;
+          values[i] = inside ? capped<kCapped>(static_cast<A>(packs[u].at[i]), map) : -std::numeric_limits<A>::infinity();
+        }
+        mine.template add<kCapped, kEntropy>(values, map);
+      }
+    }
+    MergedSums state{{static_cast<double>(mine.max), static_cast<double>(mine.sum), static_cast<double>(mine.dot)},
+                     kCapped ? 1.0 : static_cast<double>(map.slope)};
+    state = block_merge<kThreads>(state);
+    row_stats = finish_row<A>(state.sums);
+  }
+  if (lane != 0) return;
+  stats[row] = row_stats;
+  write_row<kCapped>(x, row_stats, map, label, rows.vocab, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
+}
+
+constexpr int kGradientThreads = 256;
+constexpr int kGradientUnroll = 4;
+
+template <bool kCapped, class T>
+__global__ void __launch_bounds__(kGradientThreads)
+    gather_logprobs_backward_kernel(const T* logits, T* target, const void* labels, bool long_labels, LogitRows rows, LogitRows target_rows,
+                                    LogprobOptions options, const accumulate_t<T>* grad_logprobs, const accumulate_t<T>* grad_entropy,
+                                    const RowStats<accumulate_t<T>>* stats, int64_t pieces) {  // a row is cut into `pieces` blocks
+  using A = accumulate_t<T>;
+  constexpr int kPack = Pack<T>::kSize;
+  const int64_t row = blockIdx.x / pieces;
+  const int64_t begin = (blockIdx.x % pieces) * int64_t(kGradientThreads) * kPack * kGradientUnroll;
+  const int64_t label = LogprobCall::label(labels, long_labels, row);
+  const double weight = options.mask[row];
+  // A label outside the vocabulary has no gradient: say so in its row rather than give half of one.
+  const A a = label >= 0 && label < rows.vocab ? static_cast<A>(weight * UpstreamGradients::read(grad_logprobs, row))
+                                               : std::numeric_limits<A>::quiet_NaN();
+  const A b = static_cast<A>(weight * UpstreamGradients::read(grad_entropy, row));
+  const bool zero = label == options.ignore_index || weight == 0 || (a == 0 && b == 0);
+  const LogitMap<A> map = options.map<A>(row);
+  const RowStats<A> row_stats = stats[row];
+  const T* x = logits + rows.offset(row);
+  T* dx = target + target_rows.offset(row);
+  const bool aligned_in = is_aligned16(x), aligned_out = is_aligned16(dx);
+  Pack<T> packs[kGradientUnroll];
+#pragma unroll
+  for (int u = 0; u < kGradientUnroll; ++u) {
+    const int64_t first = begin + (int64_t(u) * kGradientThreads + threadIdx.x) * kPack;
+    if (!zero && first < rows.vocab) packs[u] = load_pack(x, first, rows.vocab, aligned_in, static_cast<T>(0.0f));
+  }
+#pragma unroll
+  for (int u = 0; u < kGradientUnroll; ++u) {
+    const int64_t first = begin + (int64_t(u) * kGradientThreads + threadIdx.x) * kPack;
+    if (first >= rows.vocab) return;
+    Pack<T> gradient;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      A g = 0;
+      if (!zero) {
+        const A value = capped<kCapped>(static_cast<A>(packs[u].at[i]), map);
+        g = logit_gradient(below_max<kCapped>(value, row_stats.max, map), row_stats, a, b, first + i == label) * map_slope<kCapped>(value, map);
+      }
+      gradient.at[i] = static_cast<T>(g);
+    }
+    store_pack(dx, first, rows.vocab, aligned_out, gradient);
+  }
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor labels, OptionalTensor temperature, OptionalTensor mask,
+                                                               double temperature_value, double softcap, double logit_scale,
+                                                               int64_t ignore_index, bool with_entropy, bool /*inplace_backward*/) {
+  const char* op = "gather_logprobs";
+  const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
+  auto [logprobs, entropy, stats] = logprob_outputs(call, with_entropy);
+  for_logits(logits.scalar_type(), op, "logits", [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulate_t<T>;
+    A* entropy_out = with_entropy ? out<A>(entropy) : nullptr;
+    auto* stats_out = reinterpret_cast<RowStats<A>*>(out<A>(stats));
+    auto run = [&](auto is_capped, auto has_entropy) {
+      constexpr bool kCapped = decltype(is_capped)::value;
+      constexpr bool kEntropy = decltype(has_entropy)::value;
+      auto start = [&](auto kernel, int64_t blocks, int threads) {
+        launch(logits, kernel, blocks, threads, in<T>(call.logits), call.labels.const_data_ptr(), call.long_labels, call.rows,
+               call.options, out<A>(logprobs), entropy_out, stats_out);
+      };
+      if (call.rows.vocab <= kWarpRowVocab)
+        start(gather_logprobs_kernel<kWarp, kCapped, kEntropy, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
+      else
+        start(gather_logprobs_kernel<512, kCapped, kEntropy, T>, call.rows.rows, 512);
+    };
+    if (softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
+    else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+  });
+  return {logprobs, entropy, stats};
+}
+
+inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
+                                                 const Tensor& logits, const LogprobCall& call, const Tensor& stats) {
+  const char* op = "gather_logprobs";
+  check_stats(op, stats, call);
+  const UpstreamGradients up = upstream(op, grad_logprobs, grad_entropy, call);
+  LogitRows target_rows;
+  Tensor target = gradient_target(op, call, logits, inplace, target_rows);
+  for_logits(logits.scalar_type(), op, "logits", [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulate_t<T>;
+    const int64_t pieces = ceil_div(call.rows.vocab, int64_t(kGradientThreads) * Pack<T>::kSize * kGradientUnroll);
+    auto start = [&](auto kernel) {
+      launch(logits, kernel, call.rows.rows * pieces, kGradientThreads, in<T>(call.logits), out<T>(target), call.labels.const_data_ptr(),
+             call.long_labels, call.rows, target_rows, call.options, up.logprobs ? in<A>(*up.logprobs) : nullptr,
+             up.entropy ? in<A>(*up.entropy) : nullptr, reinterpret_cast<const RowStats<A>*>(in<A>(stats)), pieces);
+    };
+    call.options.softcap != 0 ? start(gather_logprobs_backward_kernel<true, T>) : start(gather_logprobs_backward_kernel<false, T>);
+  });
+  return target;
+}
+
+
+#endif
+
+// The two backward ops differ in where they write and in what their schemas admit to.
+inline Tensor gather_logprobs_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits, Tensor labels,
+                                       OptionalTensor temperature, OptionalTensor mask, Tensor stats, double temperature_value,
+                                       double softcap, double logit_scale, int64_t ignore_index) {
+  const LogprobCall call =
+      logprob_call("gather_logprobs", logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
+  return gather_logprobs_backward_into(false, grad_logprobs, grad_entropy, logits, call, stats);
+}
+
+inline void gather_logprobs_backward_inplace(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits, Tensor labels,
+                                             OptionalTensor temperature, OptionalTensor mask, Tensor stats, double temperature_value,
+                                             double softcap, double logit_scale, int64_t ignore_index) {
+  const LogprobCall call =
+      logprob_call("gather_logprobs", logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
+  gather_logprobs_backward_into(true, grad_logprobs, grad_entropy, logits, call, stats);
+}
+
+}  // namespace rlhf_fast::RLHF_UNIT

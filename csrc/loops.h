@@ -1,0 +1,218 @@
+// The two shapes that every O(tokens) op has, written once for both devices.
+//
+//   for_each(n, mask, f)                 f(i, weight) for each token
+//   reduce_rows(rows, length, mask, r)   per row, K numbers folded over its tokens
+//
+// f and r are small structs of pointers and options whose HOST_DEVICE members hold the op's arithmetic. All of it is done in
+// double: these ops move few bytes, and a correctly rounded result costs next to nothing (6 % for GAE on a CPU).
+#pragma once
+
+#include "numerics.h"
+
+namespace rlhf_fast::RLHF_UNIT {
+
+// How terms are folded. A reduction names one for each of its K terms.
+enum class Fold { kSum, kMin, kMax };
+
+HOST_DEVICE double fold_start(Fold fold) {
+  return fold == Fold::kSum ? 0.0 : fold == Fold::kMin ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity();
+}
+HOST_DEVICE double fold_in(Fold fold, double a, double b) {
+  return fold == Fold::kSum ? a + b : fold == Fold::kMin ? (b < a ? b : a) : (b > a ? b : a);
+}
+
+template <class R>
+struct Terms {
+  double at[R::kTerms];
+  HOST_DEVICE static Terms start() {
+    Terms terms;
+#pragma GCC unroll 16
+    for (int k = 0; k < R::kTerms; ++k) terms.at[k] = fold_start(R::fold(k));
+    return terms;
+  }
+};
+
+template <class R>
+HOST_DEVICE void merge(Terms<R>& into, const Terms<R>& other) {
+#pragma GCC unroll 16
+  for (int k = 0; k < R::kTerms; ++k) into.at[k] = fold_in(R::fold(k), into.at[k], other.at[k]);
+}
+
+// A row is folded in chunks of this many tokens, counted from its start, and the chunks in their order: the bits depend on
+// the row alone, and one long packed row still keeps every core busy.
+constexpr int64_t kChunk = 2048;
+
+inline int64_t chunks_of(int64_t length) { return length > 0 ? ceil_div(length, kChunk) : 1; }
+
+inline Tensor partial_terms(const Tensor& like, int64_t rows, int64_t length, int64_t terms) {
+  return torch::stable::new_empty(like, {rows * chunks_of(length), terms}, ScalarType::Double);
+}
+
+template <class R>
+HOST_DEVICE Terms<R> row_terms(const double* partial, int64_t row, int64_t chunks) {  // partial: [rows * chunks, K]
+  Terms<R> total = Terms<R>::start();
+  for (int64_t c = 0; c < chunks; ++c) {
+    Terms<R> next;
+    for (int k = 0; k < R::kTerms; ++k) next.at[k] = partial[(row * chunks + c) * R::kTerms + k];
+    merge(total, next);
+  }
+  return total;
+}
+
+#if !defined(RLHF_DEVICE_CODE)
+
+// Out of the loop, so that the switch over the mask's dtype does not stand between the loop and SIMD.
+CPU_CLONES inline void weights_of(const Mask& mask, int64_t first, int64_t n, double* weights) {
+  auto read = [&](auto zero, auto value) {
+    const auto* data = static_cast<const decltype(zero)*>(mask.data) + first;
+    for (int64_t i = 0; i < n; ++i) weights[i] = value(data[i]);
+  };
+  const auto nonzero = [](auto x) { return x != 0 ? 1.0 : 0.0; };
+  switch (mask.kind) {
+    case Mask::kNone:
+      for (int64_t i = 0; i < n; ++i) weights[i] = 1.0;
+      return;
+    case Mask::kByte: return read(uint8_t{}, nonzero);
+    case Mask::kShort: return read(int16_t{}, nonzero);
+    case Mask::kInt: return read(int32_t{}, nonzero);
+    case Mask::kLong: return read(int64_t{}, nonzero);
+    case Mask::kFloat: return read(float{}, [](float x) { return static_cast<double>(x); });
+    case Mask::kDouble: return read(double{}, [](double x) { return x; });
+    default:
+      for (int64_t i = 0; i < n; ++i) weights[i] = mask[first + i];
+  }
+}
+
+template <class F>
+CPU_CLONES void for_range(const F& f, const Mask& mask, int64_t begin, int64_t end) {
+  double weights[kChunk];
+  weights_of(mask, begin, end - begin, weights);
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) f(i, weights[i - begin]);
+}
+
+template <class F>
+void for_each(const Tensor&, int64_t n, const Mask& mask, const F& f) {
+  parallel_for(chunks_of(n), kChunk, [&](int64_t c) { for_range(f, mask, c * kChunk, n < (c + 1) * kChunk ? n : (c + 1) * kChunk); });
+}
+
+template <class R>
+CPU_CLONES void reduce_range(const R& r, const Mask& mask, int64_t row, int64_t begin, int64_t end, double* terms_out) {
+  constexpr int kLanes = 8;  // fixed, so that every instruction set adds in the same order
+  double weights[kChunk];
+  weights_of(mask, begin, end - begin, weights);
+  double lanes[R::kTerms][kLanes];
+  for (int k = 0; k < R::kTerms; ++k)
+    for (int l = 0; l < kLanes; ++l) lanes[k][l] = fold_start(R::fold(k));
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      double terms[R::kTerms];
+      r.terms(row, i + l, weights[i + l - begin], terms);
+#pragma GCC unroll 16
+      for (int k = 0; k < R::kTerms; ++k) lanes[k][l] = fold_in(R::fold(k), lanes[k][l], terms[k]);
+    }
+  }
+  for (int l = 0; i < end; ++i, ++l) {
+    double terms[R::kTerms];
+    r.terms(row, i, weights[i - begin], terms);
+    for (int k = 0; k < R::kTerms; ++k) lanes[k][l] = fold_in(R::fold(k), lanes[k][l], terms[k]);
+  }
+  for (int k = 0; k < R::kTerms; ++k) {
+    double total = lanes[k][0];
+    for (int l = 1; l < kLanes; ++l) total = fold_in(R::fold(k), total, lanes[k][l]);
+    terms_out[k] = total;
+  }
+}
+
+// r.terms(row, i, weight, terms) sees the flat index i = row * length + t.
+template <class R>
+void reduce_rows(const Tensor&, int64_t rows, int64_t length, const Mask& mask, const R& r, double* partial) {
+  const int64_t chunks = chunks_of(length);
+  parallel_for(rows * chunks, length < kChunk ? length : kChunk, [&](int64_t piece) {
+    const int64_t row = piece / chunks, t = (piece % chunks) * kChunk;
+    const int64_t end = length < t + kChunk ? length : t + kChunk;
+    reduce_range(r, mask, row, row * length + t, row * length + end, partial + piece * R::kTerms);
+  });
+}
+
+// finish(rank, size, sync): the work of one team that sees every row. On the CPU the team is one thread.
+struct SoloTeam {
+  static constexpr int rank = 0, size = 1;
+  void sync() const {}
+  template <class State> State merge_all(const State& state) const { return state; }
+};
+
+template <class Finish>
+void run_team(const Tensor&, const Finish& finish) {
+  finish(SoloTeam{});
+}
+
+#else
+
+constexpr int kLoopThreads = 256;
+constexpr int kPerThread = 4;
+
+template <class F>
+__global__ void __launch_bounds__(kLoopThreads) for_each_kernel(F f, Mask mask, int64_t n) {
+  const int64_t first = blockIdx.x * int64_t(kLoopThreads) * kPerThread + threadIdx.x;
+#pragma unroll
+  for (int u = 0; u < kPerThread; ++u) {
+    const int64_t i = first + u * kLoopThreads;
+    if (i < n) f(i, mask[i]);
+  }
+}
+
+template <class F>
+void for_each(const Tensor& on, int64_t n, const Mask& mask, const F& f) {
+  launch(on, for_each_kernel<F>, ceil_div(n, int64_t(kLoopThreads) * kPerThread), kLoopThreads, f, mask, n);
+}
+
+template <class R>
+__global__ void __launch_bounds__(kLoopThreads) reduce_rows_kernel(R r, Mask mask, int64_t length, int64_t chunks, double* partial) {
+  const int64_t row = blockIdx.x / chunks, t = (blockIdx.x % chunks) * kChunk;
+  const int64_t end = length < t + kChunk ? length : t + kChunk;
+  Terms<R> mine = Terms<R>::start();
+  for (int64_t i = row * length + t + threadIdx.x; i < row * length + end; i += kLoopThreads) {
+    Terms<R> next;
+    r.terms(row, i, mask[i], next.at);
+    merge(mine, next);
+  }
+  mine = block_merge<kLoopThreads>(mine);
+  if (threadIdx.x == 0)
+    for (int k = 0; k < R::kTerms; ++k) partial[int64_t(blockIdx.x) * R::kTerms + k] = mine.at[k];
+}
+
+template <class R>
+void reduce_rows(const Tensor& on, int64_t rows, int64_t length, const Mask& mask, const R& r, double* partial) {
+  launch(on, reduce_rows_kernel<R>, rows * chunks_of(length), kLoopThreads, r, mask, length, chunks_of(length), partial);
+}
+
+struct BlockTeam {
+  int rank;
+  static constexpr int size = kLoopThreads;
+  __device__ void sync() const { __syncthreads(); }
+  template <class State>
+  __device__ State merge_all(const State& state) const {  // to every thread
+    __shared__ State total;
+    const State merged = block_merge<kLoopThreads>(state);
+    if (threadIdx.x == 0) total = merged;
+    __syncthreads();
+    return total;
+  }
+};
+
+template <class Finish>
+__global__ void __launch_bounds__(kLoopThreads) team_kernel(Finish finish) {
+  finish(BlockTeam{static_cast<int>(threadIdx.x)});
+}
+
+template <class Finish>
+void run_team(const Tensor& on, const Finish& finish) {
+  launch(on, team_kernel<Finish>, 1, kLoopThreads, finish);
+}
+
+#endif
+
+}  // namespace rlhf_fast::RLHF_UNIT

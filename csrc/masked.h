@@ -1,0 +1,229 @@
+// Mean and whitening over the tokens that a mask keeps. What stands off the mask, NaN included, is never read into a sum.
+//
+//   mean = sum w x / sum w        var = sum w (x - mean)^2 / (sum w - 1)   (Bessel's correction; / sum w where unbiased is off)
+//   whitened = (x - mean) / sqrt(var + eps)   (+ mean where shift_mean is off), 0 where w = 0
+#pragma once
+
+#include "loops.h"
+
+namespace rlhf_fast::RLHF_UNIT {
+
+template <class A>
+struct WeightedSum {  // -> sum w, sum w x
+  static constexpr int kTerms = 2;
+  HOST_DEVICE static Fold fold(int) { return Fold::kSum; }
+  const A* x;
+  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
+    t[0] = weight;
+    t[1] = weight != 0 ? weight * x[i] : 0.0;
+  }
+};
+
+HOST_DEVICE double ratio_or_zero(double numerator, double denominator) { return denominator != 0 ? numerator / denominator : 0.0; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// masked_mean: x [rows, length] -> mean [rows], and the sum of weights of each row for the backward pass.
+
+template <class A>
+struct MeanFinish {
+  const double* partial;
+  A* mean;
+  double* weight_sum;
+  int64_t rows, chunks;
+  template <class Team>
+  HOST_DEVICE void operator()(const Team& team) const {
+    for (int64_t row = team.rank; row < rows; row += team.size) {
+      const Terms<WeightedSum<A>> t = row_terms<WeightedSum<A>>(partial, row, chunks);
+      mean[row] = static_cast<A>(ratio_or_zero(t.at[1], t.at[0]));
+      weight_sum[row] = t.at[0];
+    }
+  }
+};
+
+template <class A>
+struct MeanBackward {
+  const A* grad;             // [rows]
+  const double* weight_sum;  // [rows]
+  A* grad_x;                 // [rows, length]
+  int64_t length;
+  HOST_DEVICE void operator()(int64_t i, double weight) const {
+    const int64_t row = i / length;
+    grad_x[i] = static_cast<A>(weight != 0 ? grad[row] * ratio_or_zero(weight, weight_sum[row]) : 0.0);
+  }
+};
+
+inline std::tuple<Tensor, Tensor> masked_mean(Tensor x_, Tensor mask_) {
+  const char* op = "masked_mean";
+  CHECK_VALUE(x_.dim() == 2, op, ": `x` must be [rows, length] here, got shape ", shape_of(x_));
+  const Tensor x = dense(x_);
+  const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
+  const int64_t rows = x.size(0), length = x.size(1);
+  Tensor mean = torch::stable::new_empty(x, {rows});
+  Tensor weight_sum = torch::stable::new_empty(x, {rows}, ScalarType::Double);
+  for_real(x.scalar_type(), op, "x", [&](auto zero) {
+    using A = decltype(zero);
+    const Tensor partial = partial_terms(x, rows, length, WeightedSum<A>::kTerms);
+    reduce_rows(x, rows, length, mask_view(op, mask), WeightedSum<A>{in<A>(x)}, out<double>(partial));
+    run_team(x, MeanFinish<A>{in<double>(partial), out<A>(mean), out<double>(weight_sum), rows, chunks_of(length)});
+  });
+  return {mean, weight_sum};
+}
+
+inline Tensor masked_mean_backward(Tensor grad_, Tensor mask_, Tensor weight_sum) {
+  const char* op = "masked_mean";
+  CHECK_VALUE(mask_.dim() == 2 && grad_.dim() == 1 && grad_.size(0) == mask_.size(0) && weight_sum.numel() == grad_.numel(), op,
+              ": the shapes given to the backward pass do not belong together");
+  const Tensor grad = dense(grad_), mask = dense(mask_);
+  Tensor grad_x = torch::stable::new_empty(grad, mask.sizes());
+  for_real(grad.scalar_type(), op, "grad", [&](auto zero) {
+    using A = decltype(zero);
+    for_each(grad, mask.numel(), mask_view(op, mask), MeanBackward<A>{in<A>(grad), in<double>(weight_sum), out<A>(grad_x), mask.size(1)});
+  });
+  return grad_x;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// masked_whiten: x [N] -> whitened [N], and what the backward pass needs. Two passes: the variance is taken around the mean,
+// not as a difference of squares, which loses everything when the mean is large.
+
+struct Whitening {
+  double weight_sum, mean, divisor, scale;  // divisor: of the variance; scale: 1 / sqrt(var + eps)
+};
+
+template <class A>
+struct SquaredDeviation {
+  static constexpr int kTerms = 1;
+  HOST_DEVICE static Fold fold(int) { return Fold::kSum; }
+  const A* x;
+  const Whitening* w;
+  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
+    const double deviation = x[i] - w->mean;
+    t[0] = weight != 0 ? weight * deviation * deviation : 0.0;
+  }
+};
+
+template <class A>
+struct WhitenMean {
+  const double* partial;
+  Whitening* w;
+  int64_t chunks;
+  bool unbiased;
+  template <class Team>
+  HOST_DEVICE void operator()(const Team& team) const {
+    if (team.rank != 0) return;
+    const Terms<WeightedSum<A>> t = row_terms<WeightedSum<A>>(partial, 0, chunks);
+    const double n = t.at[0];
+    *w = {n, ratio_or_zero(t.at[1], n), unbiased && n > 1 ? n - 1 : n, 0.0};  // one token has no unbiased variance: 0 / n is 0
+  }
+};
+
+template <class A>
+struct WhitenScale {
+  const double* partial;
+  Whitening* w;
+  int64_t chunks;
+  double eps;
+  template <class Team>
+  HOST_DEVICE void operator()(const Team& team) const {
+    if (team.rank != 0) return;
+    const double squares = row_terms<SquaredDeviation<A>>(partial, 0, chunks).at[0];
+    w->scale = w->weight_sum != 0 ? 1.0 / sqrt(squares / w->divisor + eps) : 0.0;
+  }
+};
+
+template <class A>
+struct WhitenForward {
+  const A* x;
+  const Whitening* w;
+  A* whitened;
+  bool shift_mean;
+  HOST_DEVICE void operator()(int64_t i, double weight) const {
+    const double value = (x[i] - w->mean) * w->scale + (shift_mean ? 0.0 : w->mean);
+    whitened[i] = static_cast<A>(weight != 0 ? value : 0.0);
+  }
+};
+
+// dL/dx_j = g_j s + (w_j / n) (keep - s) sum g - w_j (x_j - mean) s^3 / divisor * sum g (x - mean),  s the scale, keep 0 or 1
+template <class A>
+struct WhitenUpstream {  // -> sum g, sum g (x - mean)
+  static constexpr int kTerms = 2;
+  HOST_DEVICE static Fold fold(int) { return Fold::kSum; }
+  const A *grad, *x;
+  const Whitening* w;
+  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
+    t[0] = weight != 0 ? static_cast<double>(grad[i]) : 0.0;
+    t[1] = weight != 0 ? grad[i] * (x[i] - w->mean) : 0.0;
+  }
+};
+
+template <class A>
+struct WhitenTotals {
+  const double* partial;
+  double* totals;  // [2]
+  int64_t chunks;
+  template <class Team>
+  HOST_DEVICE void operator()(const Team& team) const {
+    if (team.rank != 0) return;
+    const Terms<WhitenUpstream<A>> t = row_terms<WhitenUpstream<A>>(partial, 0, chunks);
+    totals[0] = t.at[0];
+    totals[1] = t.at[1];
+  }
+};
+
+template <class A>
+struct WhitenBackward {
+  const A *grad, *x;
+  const Whitening* w;
+  const double* totals;
+  A* grad_x;
+  bool shift_mean;
+  HOST_DEVICE void operator()(int64_t i, double weight) const {
+    const double s = w->scale, keep = shift_mean ? 0.0 : 1.0;
+    const double through_mean = weight / w->weight_sum * (keep - s) * totals[0];
+    const double through_scale = weight * (x[i] - w->mean) * s * s * s / w->divisor * totals[1];
+    grad_x[i] = static_cast<A>(weight != 0 ? grad[i] * s + through_mean - through_scale : 0.0);
+  }
+};
+
+inline std::tuple<Tensor, Tensor> masked_whiten(Tensor x_, Tensor mask_, bool shift_mean, bool unbiased, double eps) {
+  const char* op = "masked_whiten";
+  const Tensor x = dense(x_);
+  const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
+  const int64_t n = x.numel(), chunks = chunks_of(n);
+  Tensor whitened = torch::stable::new_empty(x, x.sizes());
+  Tensor whitening = torch::stable::new_empty(x, {4}, ScalarType::Double);
+  auto* w = reinterpret_cast<Whitening*>(out<double>(whitening));
+  for_real(x.scalar_type(), op, "x", [&](auto zero) {
+    using A = decltype(zero);
+    const Mask view = mask_view(op, mask);
+    const Tensor partial = partial_terms(x, 1, n, WeightedSum<A>::kTerms);
+    reduce_rows(x, 1, n, view, WeightedSum<A>{in<A>(x)}, out<double>(partial));
+    run_team(x, WhitenMean<A>{in<double>(partial), w, chunks, unbiased});
+    reduce_rows(x, 1, n, view, SquaredDeviation<A>{in<A>(x), w}, out<double>(partial));
+    run_team(x, WhitenScale<A>{in<double>(partial), w, chunks, eps});
+    for_each(x, n, view, WhitenForward<A>{in<A>(x), w, out<A>(whitened), shift_mean});
+  });
+  return {whitened, whitening};
+}
+
+inline Tensor masked_whiten_backward(Tensor grad_, Tensor x_, Tensor mask_, Tensor whitening, bool shift_mean) {
+  const char* op = "masked_whiten";
+  check_twin(op, "grad", grad_, "x", x_);
+  const Tensor grad = dense(grad_), x = dense(x_);
+  const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
+  const int64_t n = x.numel();
+  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  const auto* w = reinterpret_cast<const Whitening*>(in<double>(whitening));
+  for_real(x.scalar_type(), op, "x", [&](auto zero) {
+    using A = decltype(zero);
+    const Mask view = mask_view(op, mask);
+    const Tensor partial = partial_terms(x, 1, n, WhitenUpstream<A>::kTerms);
+    Tensor totals = torch::stable::new_empty(x, {2}, ScalarType::Double);
+    reduce_rows(x, 1, n, view, WhitenUpstream<A>{in<A>(grad), in<A>(x), w}, out<double>(partial));
+    run_team(x, WhitenTotals<A>{in<double>(partial), out<double>(totals), chunks_of(n)});
+    for_each(x, n, view, WhitenBackward<A>{in<A>(grad), in<A>(x), w, in<double>(totals), out<A>(grad_x), shift_mean});
+  });
+  return grad_x;
+}
+
+}  // namespace rlhf_fast::RLHF_UNIT

@@ -1,0 +1,168 @@
+// Exponentials and reductions that every op shares.
+#pragma once
+
+#include "device.h"
+
+namespace rlhf_fast::RLHF_UNIT {
+
+template <class To, class From>
+HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// exp. Ours rather than std::exp on the CPU because these have no branches and no calls, so that loops over them become
+// SIMD without -ffast-math (which would fold away the inf and NaN rules).
+
+constexpr double kLog2E = 1.4426950408889634074;
+
+// exp(x) for x <= 0, to 1e-7 relative; 0 below -87.3 and at -inf, NaN at NaN. Range reduction and the degree-5 polynomial
+// after Cephes' expf (Moshier).
+HOST_DEVICE float exp_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(x);  // one ex2 of the special-function unit; its error grows with |x|, where the result no longer counts
+#else
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x log2 e) in the low mantissa bits
+  const float clamped = x < -87.33654f ? -87.33654f : x;
+  const float shifted = clamped * static_cast<float>(kLog2E) + kShift;
+  const float n = shifted - kShift;
+  float r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kShift);
+  const float result = p * bit_cast<float>((exponent + 127) << 23);
+  return x < -87.33654f ? 0.0f : result;
+#endif
+}
+
+HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
+
+// exp(x) in double for any x, within 1 ulp: Taylor to degree 13 on |r| <= ln2/2 (truncation 4e-18), scaled in two steps so
+// that results near both ends of the range stay right.
+HOST_DEVICE double exp_any(double x) {
+  constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
+  double clamped = x < -746.0 ? -746.0 : x;
+  clamped = clamped > 710.0 ? 710.0 : clamped;
+  const double shifted = clamped * kLog2E + kShift;
+  const double n = shifted - kShift;
+  double r = clamped - n * 6.93147180369123816490e-01;
+  r = r - n * 1.90821492927058770002e-10;
+  double p = 1.6059043836821613e-10;
+  p = p * r + 2.0876756987868099e-09;
+  p = p * r + 2.5052108385441719e-08;
+  p = p * r + 2.7557319223985891e-07;
+  p = p * r + 2.7557319223985893e-06;
+  p = p * r + 2.4801587301587302e-05;
+  p = p * r + 1.9841269841269841e-04;
+  p = p * r + 1.3888888888888889e-03;
+  p = p * r + 8.3333333333333333e-03;
+  p = p * r + 4.1666666666666667e-02;
+  p = p * r + 1.6666666666666667e-01;
+  p = p * r + 5.0000000000000000e-01;
+  p = p * r * r + r + 1.0;
+  const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kShift);
+  const int64_t half = exponent / 2;
+  return p * bit_cast<double>((half + 1023) << 52) * bit_cast<double>((exponent - half + 1023) << 52);
+}
+
+// log(1 + exp(x)) without overflow; and its derivative, the logistic function.
+HOST_DEVICE double softplus(double x) { return (x > 0 ? x : 0.0) + log1p(exp(x > 0 ? -x : x)); }
+HOST_DEVICE double sigmoid(double x) { return x >= 0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x)); }
+
+// The derivative of clamp(x, low, high) as torch defines it: 1 on the closed interval.
+HOST_DEVICE double clamp_slope(double x, double low, double high) { return x >= low && x <= high ? 1.0 : 0.0; }
+HOST_DEVICE double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+// The share of the gradient that max(a, b) sends to a. torch.max and torch.min split ties in halves.
+HOST_DEVICE double max_share(double a, double b) { return a > b ? 1.0 : a < b ? 0.0 : 0.5; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory access of the kernels.
+
+#if defined(RLHF_DEVICE_CODE)
+
+// 16 bytes at a time where the row's address allows it, element by element (out of L1) where it does not. Either way an
+// element goes to the same thread, so that alignment does not change the bits.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+HOST_DEVICE bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class T>
+__device__ Pack<T> load_pack(const T* x, int64_t first, int64_t n, bool aligned, T fill) {
+  if (aligned && first + Pack<T>::kSize <= n) return *reinterpret_cast<const Pack<T>*>(x + first);
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i) pack.at[i] = first + i < n ? x[first + i] : fill;
+  return pack;
+}
+
+template <class T>
+__device__ void store_pack(T* x, int64_t first, int64_t n, bool aligned, const Pack<T>& pack) {
+  if (aligned && first + Pack<T>::kSize <= n) {
+    *reinterpret_cast<Pack<T>*>(x + first) = pack;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i)
+    if (first + i < n) x[first + i] = pack.at[i];
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reductions of a state, a struct of doubles with merge(state&, const state&), over the threads of a block. The tree is
+// fixed by the block size alone: no atomics, the same bits every time.
+
+#if defined(RLHF_DEVICE_CODE)
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <class State>
+__device__ State shuffle_down(const State& state, int delta) {
+  static_assert(sizeof(State) % sizeof(double) == 0, "shuffle_down: the state must consist of doubles");
+  constexpr int kWords = sizeof(State) / sizeof(double);
+  double words[kWords];
+  memcpy(words, &state, sizeof(State));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = __shfl_down_sync(kAllLanes, words[i], delta);
+  State moved;
+  memcpy(&moved, words, sizeof(State));
+  return moved;
+}
+
+// The merged state is returned to thread 0 of each warp (kThreads == 32) or of the block.
+template <int kThreads, class State>
+__device__ State block_merge(State state) {
+#pragma unroll
+  for (int delta = kWarp / 2; delta > 0; delta /= 2) {
+    const State other = shuffle_down(state, delta);
+    merge(state, other);
+  }
+  if constexpr (kThreads > kWarp) {
+    __shared__ State warps[kThreads / kWarp];
+    __syncthreads();  // a block may come here twice: nobody may still be reading the last round
+    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = state;
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (int w = 1; w < kThreads / kWarp; ++w) merge(state, warps[w]);
+  }
+  return state;
+}
+
+#endif
+
+}  // namespace rlhf_fast::RLHF_UNIT

@@ -1,0 +1,211 @@
+"""What every op needs around its kernel: options checked, errors made readable, masks and dtypes brought to one form.
+
+Shapes, dtypes of tensors and devices are checked in C++, once for both devices (csrc/device.h). Those errors arrive as
+RuntimeError with a source path in front; `kernel` raises them again as the ValueError or TypeError they are.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REFUSAL = re.compile(r"\[rlhf_fast:(ValueError|TypeError)\] (.*?)\[end\]", re.DOTALL)
+_NO_CUDA = "Could not run 'rlhf_fast::"
+
+# The library's namespace. The tests set it to the one in which the CUDA kernels run on the CPU.
+_namespace = "rlhf_fast"
+
+
+@contextmanager
+def namespace(name: str):
+    """Route every op to another operator library of the same schemas: the emulated CUDA kernels of the test suite."""
+    global _namespace
+    previous, _namespace = _namespace, name
+    try:
+        yield
+    finally:
+        _namespace = previous
+
+
+class Kernel:
+    """An op of the library, `torch.ops.rlhf_fast.<name>`, with its errors made readable."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._overloads: dict[str, Any] = {}
+
+    def overload(self):
+        found = self._overloads.get(_namespace)
+        if found is None:
+            found = getattr(getattr(torch.ops, _namespace), self.name).default
+            self._overloads[_namespace] = found
+        return found
+
+    def __call__(self, *args):
+        try:
+            return self.overload()(*args)
+        except (RuntimeError, NotImplementedError) as error:
+            refusal = _REFUSAL.search(str(error))
+            if refusal:
+                kind = ValueError if refusal.group(1) == "ValueError" else TypeError
+                raise kind(refusal.group(2)) from None
+            if _NO_CUDA in str(error):
+                devices = sorted({str(a.device) for a in args if isinstance(a, Tensor)})
+                raise ValueError(
+                    f"{self.name}: this build of rlhf_fast has no kernel for tensors on {', '.join(devices)}; "
+                    "rlhf_fast.build_info()['cuda'] says whether CUDA was built in"
+                ) from None
+            raise
+
+
+def register(
+    name: str,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    libraries: tuple[str, ...] = ("rlhf_fast",),
+) -> None:
+    """Give an op its shapes under tracing and, where it has one, its gradient. Remembered, for other libraries of the same ops."""
+    _registrations[name] = (fake, setup_context, backward)
+    for library in libraries:
+        _register_in(library, name)
+
+
+_registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
+
+
+def _register_in(library: str, name: str) -> None:
+    fake, setup_context, backward = _registrations[name]
+    torch.library.register_fake(f"{library}::{name}", fake)
+    if backward is not None:
+        torch.library.register_autograd(f"{library}::{name}", backward, setup_context=setup_context)
+
+
+def register_all(library: str) -> None:
+    """Register every op's fake kernel and gradient in another operator library of the same schemas."""
+    for name in _registrations:
+        _register_in(library, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def need_tensor(op: str, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: `{name}` must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def optional_tensor(op: str, name: str, value: Any) -> Tensor | None:
+    return None if value is None else need_tensor(op, name, value)
+
+
+def need_mask(op: str, value: Any) -> Tensor:
+    mask = need_tensor(op, "mask", value)
+    if mask.requires_grad:
+        raise ValueError(f"{op}: `mask` requires grad, but no gradient flows to a mask; pass mask.detach()")
+    return mask
+
+
+def optional_mask(op: str, value: Any) -> Tensor | None:
+    return None if value is None else need_mask(op, value)
+
+
+def number(
+    op: str,
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float | None = None,
+    none: float | None = None,
+) -> float:
+    """A finite number in [low, high], above `above`. None stands for `none` where that is given."""
+    if value is None and none is not None:
+        return none
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        if type(value).__module__ != "numpy" or not hasattr(value, "item"):
+            raise TypeError(f"{op}: `{name}` must be a number{' or None' if none is not None else ''}, got {type(value).__name__}")
+        value = value.item()
+    value = float(value)
+    if not (math.isfinite(value) and low <= value <= high and (above is None or value > above)):
+        bounds = []
+        if above is not None:
+            bounds.append(f"above {above:g}")
+        elif low > -math.inf:
+            bounds.append(f"at least {low:g}")
+        if high < math.inf:
+            bounds.append(f"at most {high:g}")
+        raise ValueError(f"{op}: `{name}` must be {' and '.join(['finite', *bounds])}, got {value}")
+    return value
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: `{name}` must be True or False, got {type(value).__name__}")
+    return value
+
+
+def choice(op: str, name: str, value: Any, choices: Mapping[str, Any]) -> Any:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: `{name}` must be one of {', '.join(repr(c) for c in choices)}, got {value!r}")
+    return choices[value]
+
+
+def as_reals(op: str, **tensors: Any) -> list[Tensor]:
+    """The named tensors in one dtype: float64 if any is, float32 otherwise (bf16 and fp16 are widened, exactly)."""
+    for name, value in tensors.items():
+        if not need_tensor(op, name, value).is_floating_point():
+            raise TypeError(f"{op}: `{name}` must be floating point, got {value.dtype}")
+    wide = any(t.dtype == torch.float64 for t in tensors.values())
+    dtype = torch.float64 if wide else torch.float32
+    return [t if t.dtype == dtype else t.to(dtype) for t in tensors.values()]
+
+
+AGGREGATES = {
+    "token-mean": 0,
+    "token-sum": 1,
+    "seq-mean-token-sum": 2,
+    "seq-mean-token-mean": 3,
+    "seq-mean-token-sum-norm": 4,
+}
+
+
+def normalizer_of(op: str, value: Any) -> tuple[Tensor | None, float]:
+    """(tensor, NaN) or (None, number); (None, NaN) for none. A tensor is read on its device, never here."""
+    if value is None:
+        return None, math.nan
+    if isinstance(value, Tensor):
+        return value.detach(), math.nan
+    return None, number(op, "normalizer", value, above=0.0)
+
+
+def aggregate_reference(loss: Tensor, weight: Tensor, aggregate: str, normalizer: Any) -> Tensor:
+    """Per-token `loss` [B, T] with `weight` [B, T] to one number, in plain torch (verl's agg_loss, core_algos.py)."""
+    loss = torch.where(weight != 0, weight * loss, 0.0)
+    tokens = weight.sum(-1)
+    rows = loss.sum(-1)
+    if aggregate == "seq-mean-token-mean":
+        rows = torch.where(tokens != 0, rows / tokens.where(tokens != 0, torch.ones_like(tokens)), rows)
+    if normalizer is None:
+        normalizer = {"token-mean": weight.sum(), "token-sum": 1.0}.get(aggregate, (tokens != 0).sum())
+    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    if aggregate == "seq-mean-token-sum-norm":
+        divisor = divisor * loss.shape[-1]
+    return torch.where(divisor != 0, rows.sum() / divisor.where(divisor != 0, torch.ones_like(divisor)), rows.sum() * 0)
+
+
+def weights_reference(mask: Tensor | None, like: Tensor) -> Tensor:
+    """The mask as weights: bool and integers count 0 or 1, floating-point values are kept."""
+    if mask is None:
+        return torch.ones_like(like)
+    if mask.is_floating_point():
+        return mask.to(like.dtype)
+    return (mask != 0).to(like.dtype)

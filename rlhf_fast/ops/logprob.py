@@ -1,0 +1,162 @@
+"""Log-probabilities of given tokens, and entropies, straight from logits."""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops._common import Kernel, flag, need_tensor, number, optional_mask, register, weights_reference
+
+_forward = Kernel("gather_logprobs")
+_backward = Kernel("gather_logprobs_backward")
+_backward_inplace = Kernel("gather_logprobs_backward_inplace")
+
+
+def gather_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    with_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log p(label) for each row of logits and, on request, the entropy of p; one pass over the logits, no [..., V] temporary.
+
+    p = softmax(z), z = logit_scale * logits / temperature, or softcap * tanh(logit_scale * logits / softcap) / temperature.
+    It replaces `log_softmax(logits).gather(labels)` and what TRL calls `selective_log_softmax` and verl
+    `logprobs_from_logits` with `entropy_from_logits`, and is more accurate than they are in bf16: arithmetic is float32
+    whatever the logits are. Gradients of both outputs are exact and written in one backward pass.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64, any row strides: `logits[:, :-1]` is read in place. A last
+            stride other than 1 costs a copy.
+        labels: [...], int64 or int32. A label outside [0, V) is a ValueError on the CPU and NaN in its row on CUDA.
+        temperature: above 0; one number, or a tensor [...] of one a token.
+        softcap: above 0, as Gemma's `final_logit_softcapping`.
+        logit_scale: above 0, as Cohere's `logit_scale`.
+        ignore_index: rows with this label give 0 and get no gradient.
+        mask: [...], bool, integer (0 or not) or floating point (a weight that multiplies); rows with 0 give 0 and no gradient.
+        with_entropy: also return the entropy -sum p log p, in nats.
+        inplace_backward: write the gradient over the logits' own memory. Only where nothing else reads them afterwards; a
+            second backward is an error.
+
+    Returns:
+        logprobs [...], or (logprobs, entropy). float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    op = "gather_logprobs"
+    need_tensor(op, "logits", logits)
+    need_tensor(op, "labels", labels)
+    mask = optional_mask(op, mask)
+    flag(op, "with_entropy", with_entropy)
+    flag(op, "inplace_backward", inplace_backward)
+    cap = number(op, "softcap", softcap, above=0.0, none=0.0)
+    scale = number(op, "logit_scale", logit_scale, above=0.0)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: `ignore_index` must be an integer, got {type(ignore_index).__name__}")
+    if logits.dim() == 0:
+        raise ValueError(f"{op}: `logits` must be [..., V], got a tensor without dimensions")
+    taus, tau = None, 1.0
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError(f"{op}: `temperature` requires grad, but no gradient flows to it; pass temperature.detach()")
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        if temperature.dim() == 0:
+            taus = temperature.to(dtype).expand(labels.shape)
+        else:
+            taus = temperature.to(dtype)
+    else:
+        tau = number(op, "temperature", temperature, above=0.0)
+
+    shape = labels.shape
+    if logits.dim() > 3:
+        if shape != logits.shape[:-1]:
+            raise ValueError(f"{op}: `labels` has shape {list(shape)} but must have {list(logits.shape[:-1])}, that of `logits` without V")
+        logits, labels, taus, mask = logits.flatten(0, -2), labels.flatten(), _flat(taus), _flat(mask)
+
+    logprobs, entropy, _ = _forward(logits, labels, taus, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward)
+    if logprobs.shape != shape:
+        logprobs, entropy = logprobs.view(shape), entropy.view(shape) if with_entropy else entropy
+    return (logprobs, entropy) if with_entropy else logprobs
+
+
+def gather_logprobs_reference(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`gather_logprobs` in plain torch, in the dtype of the logits: its specification, and the oracle of its tests."""
+    z = logits * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature)
+    log_p = z.log_softmax(-1)
+    keep = labels != ignore_index
+    logprobs = log_p.gather(-1, labels.long().where(keep, torch.zeros_like(labels.long())).unsqueeze(-1)).squeeze(-1)
+    weight = weights_reference(mask, logprobs)
+    used = keep & (weight != 0)
+    zero = torch.zeros_like(logprobs)
+    logprobs = torch.where(used, weight * torch.where(used, logprobs, zero), zero)
+    if not with_entropy:
+        return logprobs
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p.where(p > 0, torch.zeros_like(log_p)), p).sum(-1)
+    return logprobs, torch.where(used, weight * torch.where(used, entropy, zero), zero)
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.flatten()
+
+
+def _fake(logits, labels, temperature, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logprobs = labels.new_empty(labels.shape, dtype=dtype)
+    entropy = labels.new_empty(labels.shape if with_entropy else (0,), dtype=dtype)
+    return logprobs, entropy, labels.new_empty((labels.numel(), 3), dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, temperature, mask, *options = inputs
+    logprobs, entropy, row_stats = output
+    ctx.options = options
+    ctx.overwritten = False
+    ctx.save_for_backward(logits, labels, temperature, mask, row_stats)
+    ctx.mark_non_differentiable(row_stats)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_formula(ctx, grad_logprobs, grad_entropy, _):
+    tau, cap, scale, ignore_index, with_entropy, inplace = ctx.options
+    nothing = (None,) * 10
+    if grad_logprobs is None and grad_entropy is None:
+        return nothing
+    if ctx.overwritten:
+        raise RuntimeError(
+            "gather_logprobs(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be no "
+            "second one; pass inplace_backward=False to run backward twice"
+        )
+    logits, labels, temperature, mask, row_stats = ctx.saved_tensors
+    args = (grad_logprobs, grad_entropy if with_entropy else None, logits, labels, temperature, mask, row_stats, tau, cap, scale, ignore_index)
+    # A traced graph may not write over what it saved; the compiler plans that memory itself.
+    if inplace and not torch.compiler.is_compiling():
+        logits_grad = logits.detach()
+        _backward_inplace(*args[:2], logits_grad, *args[3:])
+        ctx.overwritten = True
+        return (logits_grad, *nothing[1:])
+    return (_backward(*args), *nothing[1:])
+
+
+register("gather_logprobs", _fake, setup_context=_setup_context, backward=_backward_formula)
+register("gather_logprobs_backward", lambda grad_logprobs, grad_entropy, logits, *rest: logits.new_empty(logits.shape))
+register("gather_logprobs_backward_inplace", lambda *args: None)
+

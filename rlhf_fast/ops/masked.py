@@ -1,0 +1,126 @@
+"""Mean and whitening over a mask."""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops._common import Kernel, as_reals, flag, need_mask, number, register, weights_reference
+
+_mean = Kernel("masked_mean")
+_mean_backward = Kernel("masked_mean_backward")
+_whiten = Kernel("masked_whiten")
+_whiten_backward = Kernel("masked_whiten_backward")
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
+    """sum(mask * x) / sum(mask), over everything or one dimension; 0 where the mask keeps nothing.
+
+    Values off the mask are never read: NaN or infinity there changes nothing.
+
+    Args:
+        x: [...], floating point.
+        mask: the shape of x; bool, integer (0 or not) or floating point (weights).
+        dim: the dimension to reduce, or None for all.
+
+    Returns:
+        [] or x's shape without `dim`; float32, or float64 for float64 x.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    op = "masked_mean"
+    (x,) = as_reals(op, x=x)
+    mask = _same_shape(op, mask, x)
+    if dim is None:
+        return _mean(x.reshape(1, -1), mask.reshape(1, -1))[0].view(())
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: `dim` must be an integer or None, got {type(dim).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{op}: `dim` must be in [{-x.dim()}, {x.dim()}) for `x` of shape {list(x.shape)}, got {dim}")
+    x, mask = x.movedim(dim, -1), mask.movedim(dim, -1)
+    rows = x.shape[:-1]
+    flat = (rows.numel(), x.shape[-1])
+    return _mean(x.reshape(flat), mask.reshape(flat))[0].view(rows)
+
+
+def masked_mean_reference(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
+    """`masked_mean` in plain torch."""
+    weight = weights_reference(mask, x)
+    dims = tuple(range(x.dim())) if dim is None else dim
+    total = torch.where(weight != 0, weight * torch.where(weight != 0, x, 0.0), 0.0).sum(dims)
+    count = weight.sum(dims)
+    return torch.where(count != 0, total / count.where(count != 0, torch.ones_like(count)), total * 0)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps) with mean and variance over the mask, as TRL's and verl's `masked_whiten`; 0 off the mask.
+
+    Args:
+        x: [...], floating point.
+        mask: the shape of x; bool, integer (0 or not) or floating point (weights of the statistics).
+        shift_mean: False adds the mean back (reward whitening).
+        unbiased: Bessel's correction, as TRL and verl; False for OpenAI's and the N+ implementation's biased variance. A
+            single token has variance 0 either way.
+        eps: at least 0, inside the square root.
+
+    Returns:
+        The shape of x; float32, or float64 for float64 x. The gradient includes that of mean and variance.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    op = "masked_whiten"
+    (x,) = as_reals(op, x=x)
+    mask = _same_shape(op, mask, x)
+    flag(op, "shift_mean", shift_mean)
+    flag(op, "unbiased", unbiased)
+    return _whiten(x, mask, shift_mean, unbiased, number(op, "eps", eps, low=0.0))[0]
+
+
+def masked_whiten_reference(
+    x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8
+) -> Tensor:
+    """`masked_whiten` in plain torch."""
+    weight = weights_reference(mask, x)
+    x = torch.where(weight != 0, x, 0.0)
+    count = weight.sum()
+    if count == 0:
+        return x * 0
+    mean = (weight * x).sum() / count
+    divisor = count - 1 if unbiased and count > 1 else count
+    var = (weight * (x - mean) ** 2).sum() / divisor
+    whitened = (x - mean) * torch.rsqrt(var + eps) + (0.0 if shift_mean else mean)
+    return torch.where(weight != 0, whitened, 0.0)
+
+
+def _same_shape(op, mask, x):
+    mask = need_mask(op, mask)
+    if mask.shape != x.shape:
+        raise ValueError(f"{op}: `mask` has shape {list(mask.shape)} but must have the shape of `x`, {list(x.shape)}")
+    return mask
+
+
+def _mean_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _whiten_context(ctx, inputs, output):
+    x, mask, ctx.shift_mean, _, _ = inputs
+    ctx.save_for_backward(x, mask, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+register(
+    "masked_mean",
+    lambda x, mask: (x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1], dtype=torch.float64)),
+    setup_context=_mean_context,
+    backward=lambda ctx, grad, _: (_mean_backward(grad, *ctx.saved_tensors), None),
+)
+register("masked_mean_backward", lambda grad, mask, weight_sum: grad.new_empty(mask.shape))
+register(
+    "masked_whiten",
+    lambda x, mask, *rest: (x.new_empty(x.shape), x.new_empty((4,), dtype=torch.float64)),
+    setup_context=_whiten_context,
+    backward=lambda ctx, grad, _: (_whiten_backward(grad, *ctx.saved_tensors, ctx.shift_mean), None, None, None, None),
+)
+register("masked_whiten_backward", lambda grad, x, *rest: x.new_empty(x.shape))

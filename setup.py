@@ -1,0 +1,138 @@
+"""Builds rlhf_fast._C: the CPU kernels always, the CUDA kernels where nvcc is found. Nothing is downloaded.
+
+RLHF_FAST_CUDA=0|1     leave CUDA out, or insist on it
+TORCH_CUDA_ARCH_LIST   GPU architectures, e.g. "9.0" or "8.0 9.0+PTX"
+MAX_JOBS               compiler processes at a time
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    sys.exit(
+        f"rlhf_fast is compiled against the torch it runs with, and {error.name} is missing here. Install torch, pybind11 and "
+        "ninja first, then: pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+OLDEST_TORCH = (2, 10)
+ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+COMMON_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",  # runs on this torch and later
+]
+
+
+def find_nvcc():
+    path = os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")])
+    return shutil.which("nvcc", path=path)
+
+
+def first_line(command, pattern):
+    """The first match of `pattern` in what `command` prints, or None where it cannot run."""
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    match = re.search(pattern, text)
+    return match.group(1) if match else None
+
+
+def cuda_build(nvcc):
+    """Compiler and linker flags, include and library folders of the CUDA half."""
+    home = os.environ.get("CUDA_HOME") or str(Path(nvcc).resolve().parent.parent)
+    cpp_extension.CUDA_HOME = home  # torch leaves it None whenever torch itself is a CPU build
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES).replace(";", " ").split()
+    gencode = []
+    for architecture in architectures:
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"\d+[af]?", number):
+            sys.exit(f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; it takes compute capabilities such as 9.0 or 12.0+PTX")
+        code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
+        gencode.append(f"-gencode=arch=compute_{number},code={code}")
+    return {
+        "architectures": architectures,
+        "compile": ["-DUSE_CUDA", "--threads=0", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", *gencode],
+        # The CUDA runtime is static: a shared one ties the library to torch's CUDA major version.
+        "link": ["-Wl,-Bstatic", "-lcudart_static", "-Wl,-Bdynamic", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"],
+        "include": [f"{home}/include"],
+        "library": [f"{home}/lib64", f"{home}/lib"],
+    }
+
+
+def write_config(folder, cuda_version, architectures):
+    """build_config.h, from which _C.build_info() answers."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler.split()[0]) is None:
+        sys.exit(
+            f"rlhf_fast needs a C++17 compiler and {compiler!r} was not found. Install one (Debian and Ubuntu: apt install g++; "
+            "Fedora: dnf install gcc-c++), or set CXX."
+        )
+    version = first_line([*compiler.split(), "--version"], r"(.+)")
+    lines = {
+        "RLHF_FAST_VERSION": VERSION,
+        "RLHF_FAST_COMPILER": version or compiler,
+        "RLHF_FAST_TORCH": torch.__version__,
+        "RLHF_FAST_CUDA_VERSION": cuda_version or "",
+        "RLHF_FAST_CUDA_ARCHITECTURES": " ".join(architectures),
+    }
+    text = "#pragma once\n" + "".join(f'#define {name} "{value}"\n' for name, value in lines.items())
+    target = folder / "build_config.h"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or target.read_text() != text:  # an unchanged file does not rebuild
+        target.write_text(text)
+
+
+def extension():
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        sys.exit(f"rlhf_fast needs torch {'.'.join(map(str, OLDEST_TORCH))} or later; this is {torch.__version__}")
+    nvcc = find_nvcc()
+    wanted = os.environ.get("RLHF_FAST_CUDA", "1" if nvcc else "0")
+    if wanted not in ("0", "1"):
+        sys.exit(f"RLHF_FAST_CUDA is {wanted!r}; it takes 0 or 1")
+    if wanted == "1" and nvcc is None:
+        sys.exit("RLHF_FAST_CUDA=1 but nvcc was not found: set CUDA_HOME, or RLHF_FAST_CUDA=0 for a build without CUDA")
+
+    sources = ["csrc/ops_cpu.cpp", "csrc/module.cpp"]
+    cuda = {"architectures": [], "link": [], "include": [], "library": []}
+    flags = {
+        "cxx": [
+            *COMMON_FLAGS,
+            "-fvisibility=hidden",
+            "-fopenmp-simd",  # SIMD pragmas without the OpenMP runtime: threads are torch's own
+            "-fno-math-errno",
+            "-fno-trapping-math",  # never -ffast-math: inf and NaN have meanings here
+            f"-fmacro-prefix-map={ROOT}/=",
+        ]
+    }
+    if wanted == "1":
+        cuda = cuda_build(nvcc)
+        sources.append("csrc/ops_cuda.cu")
+        flags["nvcc"] = [*COMMON_FLAGS, *cuda["compile"]]
+    generated = ROOT / "build" / "generated"
+    write_config(generated, first_line([nvcc, "--version"], r"release ([\d.]+)") if wanted == "1" else None, cuda["architectures"])
+    return cpp_extension.CppExtension(
+        "rlhf_fast._C",
+        sources,
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))],
+        include_dirs=[pybind11.get_include(), str(generated), *cuda["include"]],
+        library_dirs=cuda["library"],
+        extra_compile_args=flags,
+        # libtorch.so must be among the needed libraries: otherwise the weak CUDA stream symbol stays unbound in CUDA builds of torch.
+        extra_link_args=[*cuda["link"], "-Wl,--no-as-needed", "-ltorch"],
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
