@@ -110,6 +110,7 @@ def extension():
     flags = {
         "cxx": [
             *COMMON_FLAGS,
+            "-g0",
             "-fvisibility=hidden",
             "-fopenmp-simd",  # SIMD pragmas without the OpenMP runtime: threads are torch's own
             "-fno-math-errno",
@@ -131,7 +132,7 @@ def extension():
         library_dirs=cuda["library"],
         extra_compile_args=flags,
         # libtorch.so must be among the needed libraries: otherwise the weak CUDA stream symbol stays unbound in CUDA builds of torch.
-        extra_link_args=[*cuda["link"], "-Wl,--no-as-needed", "-ltorch"],
+        extra_link_args=[*cuda["link"], "-Wl,--no-as-needed", "-ltorch", "-Wl,--strip-all"],
     )
 
 

@@ -48,6 +48,12 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #define RLHF_UNIT emulated
 #endif
 
+#if defined(__CUDACC__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace rlhf_fast::RLHF_UNIT {
 
 using torch::headeronly::BFloat16;

@@ -243,18 +243,18 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, GaeRows r
     const int64_t first = tile * kTile + int64_t(threadIdx.x) * kTokens;
     Pack<A> r[2], v[2];
     double m[kTokens];
-#pragma unroll
+    UNROLL
     for (int p = 0; p < 2; ++p) {
       r[p] = load_pack(rewards, first + p * kPack, length, aligned, A(0));
       v[p] = load_pack(values, first + p * kPack, length, aligned, A(0));
     }
     GaeMap map = GaeMap::identity();
-#pragma unroll
+    UNROLL
     for (int k = kTokens - 1; k >= 0; --k) {
       m[k] = first + k < length ? a.mask[begin + first + k] : 0.0;
       if (first + k < length) map = compose(GaeMap::token(r[k / kPack].at[k % kPack], v[k / kPack].at[k % kPack], m[k], o), map);
     }
-#pragma unroll
+    UNROLL
     for (int delta = 1; delta < kWarp; delta *= 2) {  // map becomes that of this thread and all to its right in the warp
       const GaeMap right = shuffle_down(map, delta);
       if (lane + delta < kWarp) map = compose(map, right);
@@ -270,14 +270,14 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, GaeRows r
     __syncthreads();  // everyone has read `carried` and the maps
     if (threadIdx.x == 0) carried = before_warp;
     Pack<A> advantage[2], value_return[2];
-#pragma unroll
+    UNROLL
     for (int k = kTokens - 1; k >= 0; --k) {
       const double value = v[k / kPack].at[k % kPack];
       if (first + k < length) state = gae_step(state, r[k / kPack].at[k % kPack], value, m[k], o);
       advantage[k / kPack].at[k % kPack] = a.advantage_of(state, m[k]);
       value_return[k / kPack].at[k % kPack] = a.return_of(state, value, m[k]);
     }
-#pragma unroll
+    UNROLL
     for (int p = 0; p < 2; ++p) {
       store_pack(advantages, first + p * kPack, length, aligned, advantage[p]);
       store_pack(returns, first + p * kPack, length, aligned, value_return[p]);

@@ -207,8 +207,11 @@ inline LogprobCall logprob_call(const char* op, const Tensor& logits_, const Ten
   return call;
 }
 
-// Fresh outputs of the shape of the labels, and the [rows, 3] statistics.
-inline std::tuple<Tensor, Tensor, Tensor> logprob_outputs(const LogprobCall& call, bool with_entropy) {
+struct LogprobOutputs {
+  Tensor logprobs, entropy, stats;  // the shape of the labels, the same or empty, [rows, 3]
+};
+
+inline LogprobOutputs logprob_outputs(const LogprobCall& call, bool with_entropy) {
   const ScalarType type = accumulate_type(call.logits);
   const Tensor& l = call.labels;
   Tensor logprobs = torch::stable::new_empty(l, l.sizes(), type);
@@ -342,15 +345,15 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
   const char* op = "gather_logprobs";
   const LogprobCall call = logprob_call(op, logits, labels_, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
   check_rows(op, call);
-  auto [logprobs, entropy, stats] = logprob_outputs(call, with_entropy);
+  const LogprobOutputs o = logprob_outputs(call, with_entropy);
   const void* labels = call.labels.const_data_ptr();
   for_logits(logits.scalar_type(), op, "logits", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
     const T* x = in<T>(call.logits);
-    A* logprob_out = out<A>(logprobs);
-    A* entropy_out = with_entropy ? out<A>(entropy) : nullptr;
-    auto* stats_out = reinterpret_cast<RowStats<A>*>(out<A>(stats));
+    A* logprob_out = out<A>(o.logprobs);
+    A* entropy_out = with_entropy ? out<A>(o.entropy) : nullptr;
+    auto* stats_out = reinterpret_cast<RowStats<A>*>(out<A>(o.stats));
     auto run = [&](auto is_capped, auto has_entropy) {
       constexpr bool kCapped = decltype(is_capped)::value;
       constexpr bool kEntropy = decltype(has_entropy)::value;
@@ -370,7 +373,7 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
     if (softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
     else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
   });
-  return {logprobs, entropy, stats};
+  return {o.logprobs, o.entropy, o.stats};
 }
 
 inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
@@ -427,7 +430,7 @@ struct ThreadSums {  // one thread's share of a row
   __device__ void add(const A (&values)[kCount], const LogitMap<A>& map) {
     A top = values[0];
     bool nan = values[0] != values[0];
-#pragma unroll
+    UNROLL
     for (int i = 1; i < kCount; ++i) {
       top = values[i] > top ? values[i] : top;
       nan = nan || values[i] != values[i];
@@ -443,7 +446,7 @@ struct ThreadSums {  // one thread's share of a row
       max = top;
     }
     if (!(max > -std::numeric_limits<A>::infinity())) return;
-#pragma unroll
+    UNROLL
     for (int i = 0; i < kCount; ++i) {
       const A below = below_max<kCapped>(values[i], max, map);
       const A e = exp_nonpositive(below);
@@ -489,14 +492,14 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
     ThreadSums<A> mine;
     for (int64_t first = int64_t(lane) * kPack; first < rows.vocab; first += int64_t(kThreads) * kPack * kUnroll) {
       Pack<T> packs[kUnroll];
-#pragma unroll
+      UNROLL
       for (int u = 0; u < kUnroll; ++u) packs[u] = load_pack(x, first + int64_t(u) * kThreads * kPack, rows.vocab, aligned, fill);
-#pragma unroll
+      UNROLL
       for (int u = 0; u < kUnroll; ++u) {
         if (first + int64_t(u) * kThreads * kPack >= rows.vocab) break;
         A values[kPack];
         // The fill stays -inf through a cap: tanh would turn it into a logit.
-#pragma unroll
+        UNROLL
         for (int i = 0; i < kPack; ++i) {
           const bool inside = first + int64_t(u) * kThreads * kPack + i < rows.vocab;
           values[i] = inside ? capped<kCapped>(static_cast<A>(packs[u].at[i]), map) : -std::numeric_limits<A>::infinity();
@@ -539,17 +542,17 @@ __global__ void __launch_bounds__(kGradientThreads)
   T* dx = target + target_rows.offset(row);
   const bool aligned_in = is_aligned16(x), aligned_out = is_aligned16(dx);
   Pack<T> packs[kGradientUnroll];
-#pragma unroll
+  UNROLL
   for (int u = 0; u < kGradientUnroll; ++u) {
     const int64_t first = begin + (int64_t(u) * kGradientThreads + threadIdx.x) * kPack;
     if (!zero && first < rows.vocab) packs[u] = load_pack(x, first, rows.vocab, aligned_in, static_cast<T>(0.0f));
   }
-#pragma unroll
+  UNROLL
   for (int u = 0; u < kGradientUnroll; ++u) {
     const int64_t first = begin + (int64_t(u) * kGradientThreads + threadIdx.x) * kPack;
     if (first >= rows.vocab) return;
     Pack<T> gradient;
-#pragma unroll
+    UNROLL
     for (int i = 0; i < kPack; ++i) {
       A g = 0;
       if (!zero) {
@@ -567,18 +570,18 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
                                                                int64_t ignore_index, bool with_entropy, bool /*inplace_backward*/) {
   const char* op = "gather_logprobs";
   const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
-  auto [logprobs, entropy, stats] = logprob_outputs(call, with_entropy);
+  const LogprobOutputs o = logprob_outputs(call, with_entropy);
   for_logits(logits.scalar_type(), op, "logits", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
-    A* entropy_out = with_entropy ? out<A>(entropy) : nullptr;
-    auto* stats_out = reinterpret_cast<RowStats<A>*>(out<A>(stats));
+    A* entropy_out = with_entropy ? out<A>(o.entropy) : nullptr;
+    auto* stats_out = reinterpret_cast<RowStats<A>*>(out<A>(o.stats));
     auto run = [&](auto is_capped, auto has_entropy) {
       constexpr bool kCapped = decltype(is_capped)::value;
       constexpr bool kEntropy = decltype(has_entropy)::value;
       auto start = [&](auto kernel, int64_t blocks, int threads) {
         launch(logits, kernel, blocks, threads, in<T>(call.logits), call.labels.const_data_ptr(), call.long_labels, call.rows,
-               call.options, out<A>(logprobs), entropy_out, stats_out);
+               call.options, out<A>(o.logprobs), entropy_out, stats_out);
       };
       if (call.rows.vocab <= kWarpRowVocab)
         start(gather_logprobs_kernel<kWarp, kCapped, kEntropy, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
@@ -588,7 +591,7 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
     if (softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
     else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
   });
-  return {logprobs, entropy, stats};
+  return {o.logprobs, o.entropy, o.stats};
 }
 
 inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,

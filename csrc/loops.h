@@ -26,7 +26,7 @@ struct Terms {
   double at[R::kTerms];
   HOST_DEVICE static Terms start() {
     Terms terms;
-#pragma GCC unroll 16
+    UNROLL
     for (int k = 0; k < R::kTerms; ++k) terms.at[k] = fold_start(R::fold(k));
     return terms;
   }
@@ -34,7 +34,7 @@ struct Terms {
 
 template <class R>
 HOST_DEVICE void merge(Terms<R>& into, const Terms<R>& other) {
-#pragma GCC unroll 16
+  UNROLL
   for (int k = 0; k < R::kTerms; ++k) into.at[k] = fold_in(R::fold(k), into.at[k], other.at[k]);
 }
 
@@ -110,7 +110,7 @@ CPU_CLONES void reduce_range(const R& r, const Mask& mask, int64_t row, int64_t 
     for (int l = 0; l < kLanes; ++l) {
       double terms[R::kTerms];
       r.terms(row, i + l, weights[i + l - begin], terms);
-#pragma GCC unroll 16
+      UNROLL
       for (int k = 0; k < R::kTerms; ++k) lanes[k][l] = fold_in(R::fold(k), lanes[k][l], terms[k]);
     }
   }
@@ -157,7 +157,7 @@ constexpr int kPerThread = 4;
 template <class F>
 __global__ void __launch_bounds__(kLoopThreads) for_each_kernel(F f, Mask mask, int64_t n) {
   const int64_t first = blockIdx.x * int64_t(kLoopThreads) * kPerThread + threadIdx.x;
-#pragma unroll
+  UNROLL
   for (int u = 0; u < kPerThread; ++u) {
     const int64_t i = first + u * kLoopThreads;
     if (i < n) f(i, mask[i]);

@@ -38,8 +38,9 @@ HOST_DEVICE float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kShift);
-  const float result = p * bit_cast<float>((exponent + 127) << 23);
+  // Unsigned: a NaN brings any bits here, and leaves through p.
+  const uint32_t exponent = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kShift);
+  const float result = p * bit_cast<float>((exponent + 127u) << 23);
   return x < -87.33654f ? 0.0f : result;
 #endif
 }
@@ -69,9 +70,9 @@ HOST_DEVICE double exp_any(double x) {
   p = p * r + 1.6666666666666667e-01;
   p = p * r + 5.0000000000000000e-01;
   p = p * r * r + r + 1.0;
-  const int64_t exponent = bit_cast<int64_t>(shifted) - bit_cast<int64_t>(kShift);
-  const int64_t half = exponent / 2;
-  return p * bit_cast<double>((half + 1023) << 52) * bit_cast<double>((exponent - half + 1023) << 52);
+  const uint64_t exponent = bit_cast<uint64_t>(shifted) - bit_cast<uint64_t>(kShift);
+  const uint64_t half = static_cast<uint64_t>(static_cast<int64_t>(exponent) >> 1);
+  return p * bit_cast<double>((half + 1023u) << 52) * bit_cast<double>((exponent - half + 1023u) << 52);
 }
 
 // log(1 + exp(x)) without overflow; and its derivative, the logistic function.
@@ -104,7 +105,7 @@ template <class T>
 __device__ Pack<T> load_pack(const T* x, int64_t first, int64_t n, bool aligned, T fill) {
   if (aligned && first + Pack<T>::kSize <= n) return *reinterpret_cast<const Pack<T>*>(x + first);
   Pack<T> pack;
-#pragma unroll
+  UNROLL
   for (int i = 0; i < Pack<T>::kSize; ++i) pack.at[i] = first + i < n ? x[first + i] : fill;
   return pack;
 }
@@ -115,7 +116,7 @@ __device__ void store_pack(T* x, int64_t first, int64_t n, bool aligned, const P
     *reinterpret_cast<Pack<T>*>(x + first) = pack;
     return;
   }
-#pragma unroll
+  UNROLL
   for (int i = 0; i < Pack<T>::kSize; ++i)
     if (first + i < n) x[first + i] = pack.at[i];
 }
@@ -137,7 +138,7 @@ __device__ State shuffle_down(const State& state, int delta) {
   constexpr int kWords = sizeof(State) / sizeof(double);
   double words[kWords];
   memcpy(words, &state, sizeof(State));
-#pragma unroll
+  UNROLL
   for (int i = 0; i < kWords; ++i) words[i] = __shfl_down_sync(kAllLanes, words[i], delta);
   State moved;
   memcpy(&moved, words, sizeof(State));
@@ -147,7 +148,7 @@ __device__ State shuffle_down(const State& state, int delta) {
 // The merged state is returned to thread 0 of each warp (kThreads == 32) or of the block.
 template <int kThreads, class State>
 __device__ State block_merge(State state) {
-#pragma unroll
+  UNROLL
   for (int delta = kWarp / 2; delta > 0; delta /= 2) {
     const State other = shuffle_down(state, delta);
     merge(state, other);

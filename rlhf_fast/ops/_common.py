@@ -196,7 +196,7 @@ def aggregate_reference(loss: Tensor, weight: Tensor, aggregate: str, normalizer
         rows = torch.where(tokens != 0, rows / tokens.where(tokens != 0, torch.ones_like(tokens)), rows)
     if normalizer is None:
         normalizer = {"token-mean": weight.sum(), "token-sum": 1.0}.get(aggregate, (tokens != 0).sum())
-    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device).reshape(())
     if aggregate == "seq-mean-token-sum-norm":
         divisor = divisor * loss.shape[-1]
     return torch.where(divisor != 0, rows.sum() / divisor.where(divisor != 0, torch.ones_like(divisor)), rows.sum() * 0)

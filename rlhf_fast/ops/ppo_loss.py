@@ -71,7 +71,7 @@ def ppo_policy_loss(
             any device (never read on the host). With the global count, the losses of micro-batches sum to the full batch's.
 
     Returns:
-        (loss, stats): loss [], and a dict of [] views into one tensor, each over the mask, weighted by it: `clip_fraction`
+        (loss, stats): loss [] (float32, or float64 where an argument is), and a dict of [] views into one tensor, each over the mask, weighted by it: `clip_fraction`
         (the clipped branch was larger), `clip_fraction_low` (the dual clip held), `approx_kl` (mean of half the squared
         log-ratio, as TRL), `ppo_kl` (mean of old - new log-prob, as verl), `ratio_mean`, `ratio_min`, `ratio_max`,
         `ratio_var` (over tokens), `tokens` (sum of weights). All 0 where the mask keeps nothing.
@@ -171,7 +171,7 @@ def ppo_value_loss(
         aggregate, normalizer: as in `ppo_policy_loss`.
 
     Returns:
-        (loss, stats): loss [], and a dict of [] views into one tensor, each over the mask: `clip_fraction`, `error` (mean
+        (loss, stats): loss [] (float32, or float64 where an argument is), and a dict of [] views into one tensor, each over the mask: `clip_fraction`, `error` (mean
         squared error), `value_mean`, `return_mean`, `explained_variance` (1 - Var(R - v) / Var(R); 0 where R does not vary),
         `tokens`. All 0 where the mask keeps nothing.
 
@@ -201,7 +201,10 @@ def ppo_value_loss_reference(
     weight = weights_reference(mask, values)
     kept = weight != 0
     values, old_values, returns = (torch.where(kept, x, 0.0) for x in (values, old_values, returns))
-    bounded = values if clip is None else torch.clamp(values, old_values - clip, old_values + clip)
+    bounded = values
+    if clip is not None:  # torch.clamp with tensor bounds, but for the gradient of the bounds where clip = 0
+        low, high = old_values - clip, old_values + clip
+        bounded = torch.where(values < low, low, torch.where(values > high, high, values))
     free_square, bounded_square = (values - returns) ** 2, (bounded - returns) ** 2
     loss = torch.max(free_square, bounded_square) / 2
     n = weight.sum()

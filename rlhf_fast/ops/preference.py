@@ -27,7 +27,7 @@ def reward_pair_loss(
         center_coef: at least 0; TRL recommends 0.01 where it is used.
 
     Returns:
-        (loss, stats): loss [], 0 for an empty batch, and a dict of [] views into one tensor: `accuracy` (chosen > rejected, ties
+        (loss, stats): loss [] (float32, or float64 where an argument is), 0 for an empty batch, and a dict of [] views into one tensor: `accuracy` (chosen > rejected, ties
         half), `margin` (mean of chosen - rejected), `chosen_mean`, `rejected_mean`, `reward_min`, `reward_max`.
 
     Raises:
@@ -52,7 +52,7 @@ def reward_pair_loss_reference(
     loss = (-F.logsigmoid(gap if margin is None else gap - margin) + center_coef * (chosen + rejected) ** 2).sum() / n
     both = torch.cat([chosen, rejected])
     stats = {
-        "accuracy": ((gap > 0) + 0.5 * (gap == 0)).sum() / n,
+        "accuracy": ((gap > 0).to(gap.dtype) + 0.5 * (gap == 0)).sum() / n,
         "margin": gap.sum() / n,
         "chosen_mean": chosen.sum() / n,
         "rejected_mean": rejected.sum() / n,

@@ -1,0 +1,310 @@
+"""The one table of cases: how each op is called at random, and what its result is compared with.
+
+`OPS` maps an op's name to its function, its reference and a generator of calls. `check` runs one call on a device, the
+reference in float64 on the same numbers, and compares outputs and gradients.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import rlhf_fast
+from rlhf_fast.ops.gae import gae_reference
+from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_reference
+from rlhf_fast.ops.logprob import gather_logprobs_reference
+from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
+from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
+from rlhf_fast.ops.preference import reward_pair_loss_reference
+
+EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+AGGREGATES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+
+@dataclass(frozen=True)
+class Call:
+    args: tuple
+    kwargs: dict
+
+    def __str__(self):
+        def show(x):
+            return f"{str(x.dtype)[6:]}{list(x.shape)} strides {list(x.stride())}" if isinstance(x, Tensor) else repr(x)
+
+        return ", ".join([*map(show, self.args), *(f"{k}={show(v)}" for k, v in self.kwargs.items())])
+
+
+@dataclass(frozen=True)
+class Op:
+    function: Callable
+    reference: Callable
+    draw: Callable[[random.Random], Call]
+    units: float = 4.0  # allowed error, in epsilons of the output's dtype relative to max(1, |reference|)
+
+
+def randn(rng: random.Random, *shape, scale=1.0, dtype=torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def draw_mask(rng: random.Random, shape, weights=True) -> Tensor:
+    """Any dtype; none, all, some rows or some tokens kept, gaps included."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    keep = torch.rand(shape, generator=generator) < rng.choice([0.0, 0.3, 0.8, 1.0])
+    if len(shape) == 2 and shape[0] and rng.random() < 0.3:
+        keep[rng.randrange(shape[0])] = False
+    if weights and rng.random() < 0.2:
+        return keep * torch.rand(shape, generator=generator).to(rng.choice([torch.float32, torch.float64, torch.bfloat16]))
+    return keep.to(rng.choice([torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32]))
+
+
+def restride(rng: random.Random, x: Tensor, rows_only=False) -> Tensor:
+    """The same values in another layout: transposed, a slice of something larger, off 16-byte alignment, a last stride of 2."""
+    kind = rng.choice(["as is", "transposed", "sliced", "offset", *([] if rows_only else ["strided"])])
+    if x.numel() == 0 or x.dim() == 0 or kind == "as is":
+        return x
+    if kind == "transposed" and x.dim() >= 3 - (not rows_only):
+        first, second = (0, 1) if x.dim() > 2 or not rows_only else (0, 0)
+        return x.transpose(first, second).contiguous().transpose(first, second)
+    if kind == "sliced" and x.dim() >= 2:
+        wider = torch.full((*x.shape[:-2], x.shape[-2] + 2, x.shape[-1]), 7.0, dtype=torch.float64).to(x.dtype)
+        wider[..., 1:-1, :] = x
+        return wider[..., 1:-1, :]
+    if kind == "offset":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    if kind == "strided":
+        return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+    return x
+
+
+def draw_shape(rng: random.Random) -> tuple[int, int]:
+    return rng.choice([0, 1, 2, 3, 5]), rng.choice([0, 1, 2, 7, 8, 33, 64, 257, 1025, 2049])
+
+
+def real_dtype(rng):
+    return rng.choice([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16])
+
+
+def draw_gather_logprobs(rng: random.Random) -> Call:
+    vocab = rng.choice([1, 2, 3, 7, 8, 9, 31, 64, 82, 127, 1000, 1025, 2047, 2049, 4096, 4099])
+    batch = rng.choice([(), (rng.choice([0, 1, 5]),), (rng.choice([1, 2, 3]), rng.choice([0, 1, 4])), (2, 1, 3)])
+    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    logits = randn(rng, *batch, vocab, scale=rng.choice([0.0, 1.0, 5.0, 100.0, 1e4]), dtype=dtype)
+    if rng.random() < 0.2:
+        logits = logits - rng.choice([200.0, 3e4])
+    if vocab > 2 and rng.random() < 0.3:
+        logits[..., : rng.randrange(1, vocab)] = -math.inf
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    labels = torch.randint(0, vocab, batch, generator=generator)
+    if rng.random() < 0.3 and labels.numel():
+        labels.flatten()[rng.randrange(labels.numel())] = -100
+    kwargs = {"with_entropy": rng.random() < 0.5}
+    if rng.random() < 0.3:
+        kwargs["temperature"] = rng.choice([0.5, 0.7, 2.0])
+    elif rng.random() < 0.3:
+        kwargs["temperature"] = torch.rand(batch, generator=generator) + 0.5
+    if rng.random() < 0.25 and dtype != torch.float16:
+        kwargs["softcap"] = rng.choice([5.0, 30.0])
+    if rng.random() < 0.25:
+        kwargs["logit_scale"] = rng.choice([0.0625, 1.5])
+    if rng.random() < 0.3:
+        kwargs["mask"] = draw_mask(rng, batch)
+    if rng.random() < 0.3:
+        labels = labels.to(torch.int32)
+    return Call((restride(rng, logits, rows_only=rng.random() < 0.8), restride(rng, labels)), kwargs)
+
+
+def draw_pair_of_logprobs(rng, shape, dtype):
+    logprobs = -randn(rng, *shape, dtype=dtype).abs() * rng.choice([0.1, 1.0, 10.0])
+    other = logprobs.clone() if rng.random() < 0.2 else logprobs + randn(rng, *shape, scale=rng.choice([0.01, 0.3, 3.0, 15.0]), dtype=dtype)
+    return restride(rng, logprobs), restride(rng, other)
+
+
+def draw_kl_penalty(rng: random.Random) -> Call:
+    shape = rng.choice([(), (rng.choice([0, 3, 2049]),), draw_shape(rng), (2, 3, 5)])
+    kwargs = {"estimator": rng.choice(list(ESTIMATORS))}
+    if rng.random() < 0.5:
+        kwargs["mask"] = draw_mask(rng, shape)
+    if rng.random() < 0.4:
+        kwargs["log_ratio_clip"] = rng.choice([0.5, 20.0])
+    if rng.random() < 0.4:
+        kwargs["output_clip"] = rng.choice([0.1, 10.0])
+    return Call(draw_pair_of_logprobs(rng, shape, real_dtype(rng)), kwargs)
+
+
+def draw_shape_rewards(rng: random.Random) -> Call:
+    shape = draw_shape(rng)
+    scores = randn(rng, shape[0], scale=rng.choice([1.0, 20.0]), dtype=real_dtype(rng))
+    kwargs = {"kl_coef": rng.choice([0.0, 0.05, 1.0]), "estimator": rng.choice(list(ESTIMATORS))}
+    if rng.random() < 0.4:
+        kwargs["score_clip"] = rng.choice([0.5, 10.0])
+    return Call((scores, *draw_pair_of_logprobs(rng, shape, real_dtype(rng)), draw_mask(rng, shape)), kwargs)
+
+
+def draw_gae(rng: random.Random) -> Call:
+    kwargs = {
+        "gamma": rng.choice([1.0, 0.99, 0.9, 0.0]),
+        "lam": rng.choice([0.0, 0.95, 1.0, 0.5]),
+        "gaps": rng.choice(["carry", "decay"]),
+        "whiten": rng.random() < 0.1,
+    }
+    dtype = real_dtype(rng)
+    if rng.random() < 0.4:
+        lengths = [rng.choice([0, 1, 5, 40, 300]) for _ in range(rng.randrange(1, 5))]
+        shape, rows = (sum(lengths),), len(lengths)
+        offsets = [sum(lengths[:i]) for i in range(rows + 1)]
+        kwargs["cu_seqlens"] = torch.tensor(offsets, dtype=rng.choice([torch.int32, torch.int64]))
+    else:
+        shape = (rng.choice([0, 1, 2, 3]), rng.choice([0, 1, 2, 7, 8, 33, 64, 257, 400, 2049]))
+        rows = shape[0]
+    if rng.random() < 0.7:
+        kwargs["mask"] = draw_mask(rng, shape)
+    if rng.random() < 0.3:
+        kwargs["bootstrap"] = randn(rng, rows, dtype=dtype)
+    if rng.random() < 0.3:
+        kwargs["lam"] = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
+    if rng.random() < 0.3:
+        kwargs["returns_lam"] = rng.choice([1.0, 0.3])
+    return Call((restride(rng, randn(rng, *shape, dtype=dtype)), restride(rng, randn(rng, *shape, dtype=dtype))), kwargs)
+
+
+def draw_masked_mean(rng: random.Random) -> Call:
+    shape = rng.choice([(rng.choice([0, 1, 5, 4099]),), draw_shape(rng), (2, 3, 5)])
+    x = randn(rng, *shape, scale=rng.choice([1.0, 1e4]), dtype=real_dtype(rng))
+    return Call((restride(rng, x), draw_mask(rng, shape)), {"dim": rng.choice([None, 0, -1, len(shape) - 1])})
+
+
+def draw_masked_whiten(rng: random.Random) -> Call:
+    shape = rng.choice([(rng.choice([0, 1, 5, 4099]),), draw_shape(rng), (2, 3, 5)])
+    x = randn(rng, *shape, scale=rng.choice([0.01, 1.0, 100.0]), dtype=real_dtype(rng)) + rng.choice([0.0, 3.0])
+    kwargs = {"shift_mean": rng.random() < 0.5, "unbiased": rng.random() < 0.5, "eps": rng.choice([1e-8, 1e-5])}
+    return Call((restride(rng, x), draw_mask(rng, shape)), kwargs)
+
+
+def draw_aggregate(rng: random.Random) -> dict:
+    kwargs = {"aggregate": rng.choice(AGGREGATES)}
+    if rng.random() < 0.4:
+        count = rng.choice([1, 17, 1000])
+        kwargs["normalizer"] = rng.choice([count, torch.tensor(count), torch.tensor(float(count)), torch.tensor([count], dtype=torch.int32)])
+    return kwargs
+
+
+def draw_ppo_policy_loss(rng: random.Random) -> Call:
+    shape = draw_shape(rng)
+    advantages = randn(rng, *rng.choice([shape, shape, (shape[0],), (shape[0], 1)]), dtype=real_dtype(rng))
+    if rng.random() < 0.2:
+        advantages = advantages.round()
+    kwargs = {"clip_low": rng.choice([0.2, 0.0, 1.0]), "clip_high": rng.choice([0.2, 0.28]), **draw_aggregate(rng)}
+    kwargs["dual_clip"] = rng.choice([None, None, 3.0, 1.5])
+    kwargs["log_ratio_clip"] = rng.choice([20.0, 0.5, None])
+    if rng.random() < 0.8:
+        kwargs["mask"] = draw_mask(rng, shape)
+    return Call((*draw_pair_of_logprobs(rng, shape, real_dtype(rng)), restride(rng, advantages)), kwargs)
+
+
+def draw_ppo_value_loss(rng: random.Random) -> Call:
+    shape = draw_shape(rng)
+    tensors = [randn(rng, *shape, dtype=real_dtype(rng)) for _ in range(3)]
+    if rng.random() < 0.3:  # ties
+        tensors = [(t * 2).round() / 2 for t in tensors]
+    kwargs = {"clip": rng.choice([0.2, 0.5, 0.0, None]), **draw_aggregate(rng)}
+    if rng.random() < 0.8:
+        kwargs["mask"] = draw_mask(rng, shape)
+    return Call(tuple(restride(rng, t) for t in tensors), kwargs)
+
+
+def draw_reward_pair_loss(rng: random.Random) -> Call:
+    n = rng.choice([0, 1, 2, 33, 4099])
+    scale = rng.choice([0.1, 3.0, 300.0])
+    chosen, rejected = (restride(rng, randn(rng, n, scale=scale, dtype=real_dtype(rng))) for _ in range(2))
+    kwargs = {"center_coef": rng.choice([0.0, 0.01])}
+    if rng.random() < 0.4:
+        kwargs["margin"] = randn(rng, n, dtype=real_dtype(rng)).abs()
+    return Call((chosen, chosen.clone() if rng.random() < 0.1 else rejected), kwargs)
+
+
+OPS = {
+    "gather_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_gather_logprobs),
+    "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
+    "shape_rewards": Op(rlhf_fast.shape_rewards, shape_rewards_reference, draw_shape_rewards, units=0.5),
+    "gae": Op(rlhf_fast.gae, gae_reference, draw_gae, units=0.51),
+    "masked_mean": Op(rlhf_fast.masked_mean, masked_mean_reference, draw_masked_mean, units=0.51),
+    "masked_whiten": Op(rlhf_fast.masked_whiten, masked_whiten_reference, draw_masked_whiten, units=0.51),
+    "ppo_policy_loss": Op(rlhf_fast.ppo_policy_loss, ppo_policy_loss_reference, draw_ppo_policy_loss, units=0.51),
+    "ppo_value_loss": Op(rlhf_fast.ppo_value_loss, ppo_value_loss_reference, draw_ppo_value_loss, units=0.51),
+    "reward_pair_loss": Op(rlhf_fast.reward_pair_loss, reward_pair_loss_reference, draw_reward_pair_loss, units=0.51),
+}
+
+
+def flatten(result) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, dict):
+        return list(result.values())
+    return [t for part in result for t in flatten(part)]
+
+
+def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> float:
+    """Infinities and NaNs in the same places, the rest within `units` epsilons; returns the worst error in epsilons."""
+    assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+    actual64, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    largest = torch.finfo(actual.dtype).max
+    expected = torch.where(expected.abs() > largest, expected.sign() * math.inf, expected)
+    for name, where in (("NaN", torch.isnan), ("inf", torch.isinf)):
+        assert torch.equal(where(actual64), where(expected)), f"{what}: {name} in different places\n{actual64}\n{expected}"
+    finite = torch.isfinite(expected)
+    error = (actual64 - expected)[finite].abs() / expected[finite].abs().clamp(min=1.0) / EPS[actual.dtype]
+    worst = error.max().item() if error.numel() else 0.0
+    # float64 results come from another order of the same float64 operations, not from a wider type.
+    allowed = units if actual.dtype != torch.float64 else 4096.0
+    assert worst <= allowed, f"{what}: off by {worst:.3g} epsilons of {actual.dtype}, {allowed} allowed"
+    return worst
+
+
+def is_input(op: str, index: int | str, value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and index not in ("mask", "temperature", "lam", "normalizer") and not (
+        (op in ("masked_mean", "masked_whiten") and index == 1) or (op == "shape_rewards" and index == 3)
+    )
+
+
+def check(name: str, call: Call, device: str, gradients: bool = True) -> float:
+    """Outputs and gradients of one call against the float64 reference; the worst error in epsilons."""
+    op = OPS[name]
+    indexed = [*enumerate(call.args), *call.kwargs.items()]
+    places = [i for i, value in indexed if is_input(name, i, value)]
+
+    def run(function, convert):
+        args, kwargs = list(call.args), dict(call.kwargs)
+        for i, value in indexed:
+            if isinstance(value, Tensor):
+                value = convert(value)
+            if i in places:
+                value = value.detach().requires_grad_(gradients)
+            if isinstance(i, int):
+                args[i] = value
+            else:
+                kwargs[i] = value
+        return flatten(function(*args, **kwargs)), [args[i] if isinstance(i, int) else kwargs[i] for i in places]
+
+    actual, leaves = run(op.function, lambda t: t.to(device))
+    expected, leaves64 = run(op.reference, lambda t: t.double() if t.is_floating_point() else t)
+    # Whitened advantages are rounded twice: as advantages, and once whitened.
+    units = 4.0 if call.kwargs.get("whiten") else op.units
+    worst = max((assert_close(f"{name} output {i}", a, e, units) for i, (a, e) in enumerate(zip(actual, expected, strict=True))), default=0.0)
+    outputs = [(a, e) for a, e in zip(actual, expected, strict=True) if a.requires_grad]
+    if not gradients or not outputs:
+        return worst
+    rng = random.Random(0)
+    upstream = [randn(rng, *a.shape, dtype=a.dtype) for a, _ in outputs]
+    got = torch.autograd.grad([a for a, _ in outputs], leaves, [u.to(device) for u in upstream], allow_unused=True)
+    want = torch.autograd.grad([e for _, e in outputs], leaves64, [u.double() for u in upstream], allow_unused=True)
+    for place, leaf, g, w in zip(places, leaves, got, want, strict=True):
+        assert g is not None, f"{name}: no gradient for argument {place}"
+        assert g.dtype == leaf.dtype
+        w = torch.zeros_like(leaf, dtype=torch.float64) if w is None else w
+        # The gradient of a wide result may itself be rounded to a narrow input.
+        allowed = units + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
+        worst = max(worst, assert_close(f"{name} gradient of argument {place}", g, w.to("cpu"), allowed))
+    return worst

@@ -1,0 +1,213 @@
+"""What every op promises beyond its numbers: registrations that torch can check, tracing without a graph break, gradients in
+double precision, and a clear refusal of every bad call."""
+
+import inspect
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rlhf_fast
+from tests.cases import OPS, Call
+
+B, T, V = 3, 5, 11
+
+
+def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
+    generator = torch.Generator().manual_seed(0)
+
+    def real(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(requires_grad)
+
+    mask = torch.rand(B, T, generator=generator) < 0.7
+    labels = torch.randint(0, V, (B, T), generator=generator)
+    return {
+        "gather_logprobs": lambda: Call((real(B, T, V), labels), {"with_entropy": True, "mask": mask, "softcap": 3.0}),
+        "kl_penalty": lambda: Call((real(B, T), real(B, T)), {"estimator": "k3", "mask": mask}),
+        "shape_rewards": lambda: Call((real(B), real(B, T), real(B, T), mask), {"kl_coef": 0.1, "estimator": "k3"}),
+        "gae": lambda: Call((real(B, T), real(B, T), mask), {"bootstrap": real(B), "returns_lam": 0.5}),
+        "masked_mean": lambda: Call((real(B, T), mask), {"dim": 1}),
+        "masked_whiten": lambda: Call((real(B, T), mask), {"shift_mean": False}),
+        "ppo_policy_loss": lambda: Call((real(B, T), real(B, T), real(B, T), mask), {"dual_clip": 2.0}),
+        "ppo_value_loss": lambda: Call((real(B, T), real(B, T), real(B, T), mask), {}),
+        "reward_pair_loss": lambda: Call((real(B), real(B)), {"margin": real(B), "center_coef": 0.01}),
+    }[name]()
+
+
+def tensors_of(result):
+    return [result] if isinstance(result, torch.Tensor) else [t for part in (result.values() if isinstance(result, dict) else result) for t in tensors_of(part)]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_registrations_hold_under_opcheck(name, monkeypatch):
+    """opcheck on the operator itself, with the arguments that the public function gives it."""
+    module = inspect.getmodule(OPS[name].function)
+    kernel = next(k for k in vars(module).values() if getattr(k, "name", None) == name)
+    seen = []
+    original = type(kernel).__call__
+    monkeypatch.setattr(type(kernel), "__call__", lambda self, *args: (seen.append((self.name, args)), original(self, *args))[1])
+    call = example(name)
+    OPS[name].function(*call.args, **call.kwargs)
+    monkeypatch.undo()
+    args = next(args for called, args in seen if called == name)
+    torch.library.opcheck(kernel.overload(), args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_in_double_precision(name):
+    call = example(name, torch.float64)
+    places = [i for i, a in enumerate(call.args) if a.requires_grad]
+    keys = [k for k, v in call.kwargs.items() if isinstance(v, torch.Tensor) and v.requires_grad]
+
+    def function(*inputs):
+        args, kwargs = list(call.args), dict(call.kwargs)
+        for i, value in zip(places, inputs, strict=False):
+            args[i] = value
+        kwargs.update(zip(keys, inputs[len(places) :], strict=True))
+        return tuple(t for t in tensors_of(OPS[name].function(*args, **kwargs)) if t.requires_grad)
+
+    assert torch.autograd.gradcheck(function, (*(call.args[i] for i in places), *(call.kwargs[k] for k in keys)))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_without_a_graph_break(name):
+    call = example(name)
+    leaves = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
+
+    def run(function):
+        outputs = [t for t in tensors_of(function(*call.args, **call.kwargs)) if t.requires_grad]
+        return outputs, torch.autograd.grad([t.sum() for t in outputs], leaves)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(OPS[name].function, fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled), run(OPS[name].function), strict=True):
+        torch.testing.assert_close(list(got), list(want))
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    call = example("gather_logprobs")
+
+    def loss(logits, labels, old, advantages):
+        logprobs = rlhf_fast.gather_logprobs(logits * 2, labels, inplace_backward=True)
+        return rlhf_fast.ppo_policy_loss(logprobs, old, advantages)[0]
+
+    old, advantages = torch.randn(2, B, T, generator=torch.Generator().manual_seed(1))
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        logits = call.args[0].detach().clone().requires_grad_()
+        value = function(logits, call.args[1], old, advantages)
+        value.backward()
+        results.append((value.detach(), logits.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad calls
+
+
+def t(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+ints = t(2, 3, dtype=torch.int64)
+BAD = [
+    ("gather_logprobs", (None, ints), {}, TypeError, "`logits` must be a tensor, got NoneType"),
+    ("gather_logprobs", (t(2, 3, 5), None), {}, TypeError, "`labels` must be a tensor, got NoneType"),
+    ("gather_logprobs", (t(2, 3, 5), [1, 2]), {}, TypeError, "`labels` must be a tensor, got list"),
+    ("gather_logprobs", (t(2, 3, 5, dtype=torch.int32), ints), {}, TypeError, "`logits` must be float32, bfloat16, float16 or float64, got Int"),
+    ("gather_logprobs", (t(2, 3, 5), t(2, 3)), {}, TypeError, "`labels` must be int64 or int32, got Float"),
+    ("gather_logprobs", (t(2, 3, 5), t(2, 4, dtype=torch.int64)), {}, ValueError, r"`labels` has shape \[2, 4\].*`logits` is \[2, 3, 5\]"),
+    ("gather_logprobs", (t(), ints), {}, ValueError, r"`logits` must be \[..., V\]"),
+    ("gather_logprobs", (t(2, 3, 0), ints), {}, ValueError, "empty vocabulary"),
+    ("gather_logprobs", (t(2, 3, 5), ints - 1), {}, ValueError, "`labels` holds -1 at flat position 0"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": 0.0}, ValueError, "`temperature` must be finite and above 0, got 0.0"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": float("nan")}, ValueError, "`temperature` must be finite.*got nan"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": t(2, 3)}, ValueError, "`temperature` holds 0 at flat position 0; it must be finite and above 0"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": "1"}, TypeError, "`temperature` must be a number, got str"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": t(3) + 1}, ValueError, r"`temperature` has shape \[3\].*\[2, 3\]"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"softcap": -1.0}, ValueError, "`softcap` must be finite and above 0, got -1.0"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"logit_scale": 0}, ValueError, "`logit_scale` must be finite and above 0, got 0.0"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"mask": t(2, 4)}, ValueError, r"`mask` has shape \[2, 4\] but must have the shape of `labels`, \[2, 3\]"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"mask": t(2, 3).requires_grad_()}, ValueError, "`mask` requires grad"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"mask": t(2, 3, dtype=torch.complex64)}, TypeError, "`mask` must be bool, integer or floating point"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"ignore_index": 1.0}, TypeError, "`ignore_index` must be an integer, got float"),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"with_entropy": 1}, TypeError, "`with_entropy` must be True or False, got int"),
+    ("kl_penalty", (t(2), t(3)), {}, ValueError, r"`ref_logprobs` has shape \[3\] but must have the shape of `logprobs`, \[2\]"),
+    ("kl_penalty", (t(2, dtype=torch.int64), t(2)), {}, TypeError, "`logprobs` must be floating point, got torch.int64"),
+    ("kl_penalty", (t(2), t(2)), {"log_ratio_clip": 0.0}, ValueError, "`log_ratio_clip` must be finite and above 0"),
+    ("kl_penalty", (t(2), t(2)), {"output_clip": float("inf")}, ValueError, "`output_clip` must be finite and above 0, got inf"),
+    ("shape_rewards", (t(3), t(2, 4), t(2, 4), t(2, 4)), {"kl_coef": 0.1}, ValueError, r"`scores` must be \[B\] = \[2\], got shape \[3\]"),
+    ("shape_rewards", (t(2), t(2, 4), t(2, 4), None), {"kl_coef": 0.1}, TypeError, "`mask` must be a tensor, got NoneType"),
+    ("shape_rewards", (t(2), t(2, 4), t(2, 4), t(2, 4)), {"kl_coef": -0.1}, ValueError, "`kl_coef` must be finite and at least 0, got -0.1"),
+    ("shape_rewards", (t(2), t(4), t(4), t(4)), {"kl_coef": 0.1}, ValueError, r"`logprobs` must be \[B, T\], got shape \[4\]"),
+    ("gae", (t(4), t(4)), {}, ValueError, r"`rewards` must be \[B, T\], got shape \[4\]"),
+    ("gae", (t(2, 4), t(2, 5)), {}, ValueError, r"`values` has shape \[2, 5\] but must have the shape of `rewards`, \[2, 4\]"),
+    ("gae", (t(2, 4), t(2, 4)), {"gamma": 1.5}, ValueError, "`gamma` must be finite and at least 0 and at most 1, got 1.5"),
+    ("gae", (t(2, 4), t(2, 4)), {"lam": t(3)}, ValueError, r"`lam` must hold one value a sequence, \[2\], got shape \[3\]"),
+    ("gae", (t(2, 4), t(2, 4)), {"gaps": "skip"}, ValueError, "`gaps` must be one of 'carry', 'decay', got 'skip'"),
+    ("gae", (t(2, 4), t(2, 4)), {"bootstrap": t(4)}, ValueError, "`bootstrap` must hold one value a sequence"),
+    ("gae", (t(2, 4), t(2, 4)), {"cu_seqlens": t(3, dtype=torch.int32)}, ValueError, r"`rewards` must be \[N\] beside `cu_seqlens`"),
+    ("gae", (t(4), t(4)), {"cu_seqlens": t(3)}, TypeError, "`cu_seqlens` must be int32 or int64, got Float"),
+    ("gae", (t(2, 4), t(2, 4)), {"whiten": None}, TypeError, "`whiten` must be True or False"),
+    ("masked_mean", (t(2, 4), t(2, 5)), {}, ValueError, r"`mask` has shape \[2, 5\]"),
+    ("masked_mean", (t(2, 4), t(2, 4)), {"dim": True}, TypeError, "`dim` must be an integer or None"),
+    ("masked_whiten", (t(2, 4), t(2, 4)), {"eps": -1e-8}, ValueError, "`eps` must be finite and at least 0"),
+    ("ppo_policy_loss", (t(4), t(4), t(4)), {}, ValueError, r"`logprobs` must be \[B, T\], got shape \[4\]"),
+    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(4)), {}, ValueError, r"`advantages` has shape \[4\]"),
+    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"clip_low": -0.2}, ValueError, "`clip_low` must be finite and at least 0"),
+    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"clip_low": None}, TypeError, "`clip_low` must be a number, got NoneType"),
+    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"dual_clip": 0.5}, ValueError, "`dual_clip` must be finite and above 1, got 0.5"),
+    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"aggregate": "mean"}, ValueError, "`aggregate` must be one of 'token-mean'"),
+    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"normalizer": 0}, ValueError, "`normalizer` must be finite and above 0, got 0.0"),
+    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"normalizer": t(2)}, ValueError, r"`normalizer` must hold one number, got shape \[2\]"),
+    ("ppo_value_loss", (t(2, 4), t(2, 4), t(2, 3)), {}, ValueError, r"`returns` has shape \[2, 3\]"),
+    ("ppo_value_loss", (t(2, 4), t(2, 4), t(2, 4)), {"clip": -1}, ValueError, "`clip` must be finite and at least 0"),
+    ("reward_pair_loss", (t(2), t(3)), {}, ValueError, r"`rejected` has shape \[3\] but must have the shape of `chosen`, \[2\]"),
+    ("reward_pair_loss", (t(2, 1), t(2, 1)), {}, ValueError, r"`chosen` must be \[B\], got shape \[2, 1\]"),
+    ("reward_pair_loss", (t(2), t(2)), {"margin": 1.0}, TypeError, "`margin` must be a tensor, got float"),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs", "kind", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)])
+def test_bad_calls_name_the_argument_and_what_it_must_be(name, args, kwargs, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        OPS[name].function(*args, **kwargs)
+    text = str(caught.value)
+    assert text.startswith(f"{name}: ") and "csrc" not in text and "\n" not in text
+
+
+def test_a_device_without_a_kernel_is_named():
+    kernel = rlhf_fast.ops._common.Kernel("masked_mean")
+    sparse = torch.zeros(1, 1).to_sparse()
+    with pytest.raises(ValueError, match="masked_mean: this build of rlhf_fast has no kernel for tensors on cpu"):
+        kernel(sparse, sparse)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_docstrings_give_shapes_returns_and_errors(name):
+    text = inspect.getdoc(OPS[name].function)
+    for part in ("Args:", "Returns:", "Raises:", "float32"):
+        assert part in text
+    parameters = inspect.signature(OPS[name].function).parameters
+    assert all(p in text for p in parameters)
+    reference = inspect.signature(OPS[name].reference).parameters
+    assert [p for p in parameters if p != "inplace_backward"] == list(reference)
+
+
+def test_importing_leaves_the_process_alone():
+    """No flush-to-zero from fast-math start-up code, no thread count changed, no second import of anything heavy."""
+    code = (
+        "import torch; n = torch.get_num_threads(); import rlhf_fast, sys; "
+        "assert torch.get_num_threads() == n and float(torch.tensor(1e-40) * 1) > 0; "
+        "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_random_calls_are_repeatable():
+    for name, op in OPS.items():
+        calls = [op.draw(random.Random(7)) for _ in range(2)]
+        assert str(calls[0]) == str(calls[1]), name
