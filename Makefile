@@ -4,6 +4,7 @@
 #   make test      the test suite, with the CUDA kernels emulated on the CPU
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
 #   make fuzz      N random calls an op (default 2000) against the float64 references
+#   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
 #   make lint      ruff
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ N ?= 2000
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test emulate fuzz lint clean install
+.PHONY: demo test emulate fuzz bench lint clean install
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -43,6 +44,10 @@ emulate: install
 
 fuzz: install
 	RLHF_FAST_FUZZ=$(N) RLHF_FAST_SEED=$$(date +%s) $(PY) -m pytest tests/test_properties.py -s
+
+bench: install
+	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet
+	$(PY) -m bench.report bench/results/last.json
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -139,6 +139,30 @@ inline ScalarType accumulate_type(const Tensor& t) {
 template <class T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
+// An uninitialised contiguous tensor on the device of `like`. Straight through the C shim: torch::stable::new_empty goes
+// through the dispatcher, a microsecond each, and a small op makes three.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  constexpr size_t kMaxDims = 64;
+  CHECK_VALUE(sizes.size() <= kMaxDims, "rlhf_fast: tensors of more than ", kMaxDims, " dimensions are not supported");
+  int64_t strides[kMaxDims];
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  int32_t code = aoti_torch_dtype_float32();
+  if (type == ScalarType::Double) code = aoti_torch_dtype_float64();
+  if (type == ScalarType::BFloat16) code = aoti_torch_dtype_bfloat16();
+  if (type == ScalarType::Half) code = aoti_torch_dtype_float16();
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, code, device,
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) { return empty(like, sizes, like.scalar_type()); }
+
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // ---------------------------------------------------------------------------------------------------------------------

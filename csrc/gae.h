@@ -154,7 +154,7 @@ GaeArrays<A> gae_arrays(const GaeCall& call, const Tensor& advantages, const Ten
 // A packed token that no sequence claims keeps the zero it starts with.
 inline Tensor gae_output(const GaeCall& call) {
   return call.offsets.has_value() ? torch::stable::new_zeros(call.rewards, call.rewards.sizes())
-                                  : torch::stable::new_empty(call.rewards, call.rewards.sizes());
+                                  : empty(call.rewards, call.rewards.sizes());
 }
 
 #if !defined(RLHF_DEVICE_CODE)
@@ -331,7 +331,7 @@ inline std::tuple<Tensor, Tensor, Tensor> gae_backward(Tensor grad_advantages_, 
   check_twin("gae", "grad_returns", grad_returns_, "rewards", rewards);
   const Tensor grad_advantages = dense(grad_advantages_), grad_returns = dense(grad_returns_);
   Tensor grad_rewards = gae_output(call), grad_values = gae_output(call);
-  Tensor grad_bootstrap = torch::stable::new_empty(call.rewards, {call.bootstrap ? call.rows.rows : 0});
+  Tensor grad_bootstrap = empty(call.rewards, {call.bootstrap ? call.rows.rows : 0});
   for_real(rewards.scalar_type(), "gae", "rewards", [&](auto zero) {
     using A = decltype(zero);
     const A *ga = in<A>(grad_advantages), *gr = in<A>(grad_returns);

@@ -81,7 +81,7 @@ inline Tensor kl_penalty(Tensor logprobs_, Tensor ref_logprobs_, OptionalTensor 
   const KlOptions options = kl_options(op, estimator, straight_through, log_ratio_clip, output_clip);
   const Tensor logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
-  Tensor penalty = torch::stable::new_empty(logprobs, logprobs.sizes());
+  Tensor penalty = empty(logprobs, logprobs.sizes());
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
     for_each(logprobs, logprobs.numel(), mask_view(op, mask), KlForward<A>{in<A>(logprobs), in<A>(ref_logprobs), out<A>(penalty), options});
@@ -97,7 +97,7 @@ inline Tensor kl_penalty_backward(Tensor grad_, Tensor logprobs_, Tensor ref_log
   const KlOptions options = kl_options(op, estimator, straight_through, log_ratio_clip, output_clip);
   const Tensor grad = dense(grad_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
-  Tensor grad_logprobs = torch::stable::new_empty(logprobs, logprobs.sizes());
+  Tensor grad_logprobs = empty(logprobs, logprobs.sizes());
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
     for_each(logprobs, logprobs.numel(), mask_view(op, mask),
@@ -182,7 +182,7 @@ inline Tensor shape_rewards(Tensor scores_, Tensor logprobs_, Tensor ref_logprob
   const ShapeOptions options{kl_options(op, estimator, straight_through, none, none), kl_coef, score_clip};
   const Tensor scores = dense(scores_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
-  Tensor rewards = torch::stable::new_empty(logprobs, logprobs.sizes());
+  Tensor rewards = empty(logprobs, logprobs.sizes());
   const int64_t length = logprobs.size(1);
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
@@ -203,7 +203,7 @@ inline std::tuple<Tensor, Tensor> shape_rewards_backward(Tensor grad_, Tensor sc
   const Tensor grad = dense(grad_), scores = dense(scores_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
   Tensor grad_scores = torch::stable::new_zeros(scores, scores.sizes());
-  Tensor grad_logprobs = torch::stable::new_empty(logprobs, logprobs.sizes());
+  Tensor grad_logprobs = empty(logprobs, logprobs.sizes());
   const int64_t length = logprobs.size(1);
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);

@@ -214,9 +214,9 @@ struct LogprobOutputs {
 inline LogprobOutputs logprob_outputs(const LogprobCall& call, bool with_entropy) {
   const ScalarType type = accumulate_type(call.logits);
   const Tensor& l = call.labels;
-  Tensor logprobs = torch::stable::new_empty(l, l.sizes(), type);
-  Tensor entropy = with_entropy ? torch::stable::new_empty(l, l.sizes(), type) : torch::stable::new_empty(l, {0}, type);
-  Tensor stats = torch::stable::new_empty(l, {call.rows.rows, 3}, type);
+  Tensor logprobs = empty(l, l.sizes(), type);
+  Tensor entropy = with_entropy ? empty(l, l.sizes(), type) : empty(l, {0}, type);
+  Tensor stats = empty(l, {call.rows.rows, 3}, type);
   return {logprobs, entropy, stats};
 }
 
@@ -224,7 +224,7 @@ inline LogprobOutputs logprob_outputs(const LogprobCall& call, bool with_entropy
 inline Tensor gradient_target(const char* op, const LogprobCall& call, const Tensor& logits, bool inplace, LogitRows& rows) {
   rows = call.rows;
   if (!inplace) {
-    Tensor target = torch::stable::new_empty(logits, logits.sizes());
+    Tensor target = empty(logits, logits.sizes());
     rows.inner_stride = rows.vocab;
     rows.outer_stride = rows.vocab * rows.inner;
     return target;

@@ -45,7 +45,7 @@ constexpr int64_t kChunk = 2048;
 inline int64_t chunks_of(int64_t length) { return length > 0 ? ceil_div(length, kChunk) : 1; }
 
 inline Tensor partial_terms(const Tensor& like, int64_t rows, int64_t length, int64_t terms) {
-  return torch::stable::new_empty(like, {rows * chunks_of(length), terms}, ScalarType::Double);
+  return empty(like, {rows * chunks_of(length), terms}, ScalarType::Double);
 }
 
 template <class R>

@@ -58,8 +58,8 @@ inline std::tuple<Tensor, Tensor> masked_mean(Tensor x_, Tensor mask_) {
   const Tensor x = dense(x_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
   const int64_t rows = x.size(0), length = x.size(1);
-  Tensor mean = torch::stable::new_empty(x, {rows});
-  Tensor weight_sum = torch::stable::new_empty(x, {rows}, ScalarType::Double);
+  Tensor mean = empty(x, {rows});
+  Tensor weight_sum = empty(x, {rows}, ScalarType::Double);
   for_real(x.scalar_type(), op, "x", [&](auto zero) {
     using A = decltype(zero);
     const Tensor partial = partial_terms(x, rows, length, WeightedSum<A>::kTerms);
@@ -74,7 +74,7 @@ inline Tensor masked_mean_backward(Tensor grad_, Tensor mask_, Tensor weight_sum
   CHECK_VALUE(mask_.dim() == 2 && grad_.dim() == 1 && grad_.size(0) == mask_.size(0) && weight_sum.numel() == grad_.numel(), op,
               ": the shapes given to the backward pass do not belong together");
   const Tensor grad = dense(grad_), mask = dense(mask_);
-  Tensor grad_x = torch::stable::new_empty(grad, mask.sizes());
+  Tensor grad_x = empty(grad, mask.sizes());
   for_real(grad.scalar_type(), op, "grad", [&](auto zero) {
     using A = decltype(zero);
     for_each(grad, mask.numel(), mask_view(op, mask), MeanBackward<A>{in<A>(grad), in<double>(weight_sum), out<A>(grad_x), mask.size(1)});
@@ -190,8 +190,8 @@ inline std::tuple<Tensor, Tensor> masked_whiten(Tensor x_, Tensor mask_, bool sh
   const Tensor x = dense(x_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
   const int64_t n = x.numel(), chunks = chunks_of(n);
-  Tensor whitened = torch::stable::new_empty(x, x.sizes());
-  Tensor whitening = torch::stable::new_empty(x, {4}, ScalarType::Double);
+  Tensor whitened = empty(x, x.sizes());
+  Tensor whitening = empty(x, {4}, ScalarType::Double);
   auto* w = reinterpret_cast<Whitening*>(out<double>(whitening));
   for_real(x.scalar_type(), op, "x", [&](auto zero) {
     using A = decltype(zero);
@@ -212,13 +212,13 @@ inline Tensor masked_whiten_backward(Tensor grad_, Tensor x_, Tensor mask_, Tens
   const Tensor grad = dense(grad_), x = dense(x_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
   const int64_t n = x.numel();
-  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  Tensor grad_x = empty(x, x.sizes());
   const auto* w = reinterpret_cast<const Whitening*>(in<double>(whitening));
   for_real(x.scalar_type(), op, "x", [&](auto zero) {
     using A = decltype(zero);
     const Mask view = mask_view(op, mask);
     const Tensor partial = partial_terms(x, 1, n, WhitenUpstream<A>::kTerms);
-    Tensor totals = torch::stable::new_empty(x, {2}, ScalarType::Double);
+    Tensor totals = empty(x, {2}, ScalarType::Double);
     reduce_rows(x, 1, n, view, WhitenUpstream<A>{in<A>(grad), in<A>(x), w}, out<double>(partial));
     run_team(x, WhitenTotals<A>{in<double>(partial), out<double>(totals), chunks_of(n)});
     for_each(x, n, view, WhitenBackward<A>{in<A>(grad), in<A>(x), w, in<double>(totals), out<A>(grad_x), shift_mean});

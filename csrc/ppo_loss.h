@@ -104,8 +104,8 @@ LossOutputs aggregate_loss(const char* op, const Tensor& like, const OptionalTen
                            const OptionalTensor& normalizer, double normalizer_value) {
   CHECK_VALUE(aggregate >= kTokenMean && aggregate <= kSeqMeanTokenSumNorm, op, ": unknown `aggregate` code ", aggregate);
   const int64_t rows = like.size(0), length = like.size(1);
-  LossOutputs o{torch::stable::new_empty(like, {}), torch::stable::new_empty(like, {R::kStats}),
-                torch::stable::new_empty(like, {rows}, ScalarType::Double)};
+  LossOutputs o{empty(like, {}), empty(like, {R::kStats}),
+                empty(like, {rows}, ScalarType::Double)};
   const Tensor partial = partial_terms(like, rows, length, R::kTerms);
   reduce_rows(like, rows, length, mask_view(op, mask), r, out<double>(partial));
   run_team(like, LossFinish<R, A>{in<double>(partial), out<A>(o.loss), out<A>(o.stats), out<double>(o.row_weight), rows, length,
@@ -243,7 +243,7 @@ inline std::tuple<Tensor, Tensor> ppo_policy_loss_backward(Tensor grad, Tensor l
   check_policy(op, logprobs_, old_logprobs_, advantages_);
   const Tensor logprobs = dense(logprobs_), old_logprobs = dense(old_logprobs_), advantages = dense(advantages_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
-  auto target = [&](bool needed) { return needed ? torch::stable::new_empty(logprobs, logprobs.sizes()) : torch::stable::new_empty(logprobs, {0}); };
+  auto target = [&](bool needed) { return needed ? empty(logprobs, logprobs.sizes()) : empty(logprobs, {0}); };
   Tensor grad_logprobs = target(need_logprobs), grad_advantages = target(need_advantages);
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
@@ -361,7 +361,7 @@ inline std::tuple<Tensor, Tensor, Tensor> ppo_value_loss_backward(Tensor grad, T
   check_value(op, values_, old_values_, returns_);
   const Tensor values = dense(values_), old_values = dense(old_values_), returns = dense(returns_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "values", values_);
-  auto target = [&](bool needed) { return needed ? torch::stable::new_empty(values, values.sizes()) : torch::stable::new_empty(values, {0}); };
+  auto target = [&](bool needed) { return needed ? empty(values, values.sizes()) : empty(values, {0}); };
   Tensor grad_values = target(need_values), grad_old_values = target(need_old_values), grad_returns = target(need_returns);
   for_real(values.scalar_type(), op, "values", [&](auto zero) {
     using A = decltype(zero);

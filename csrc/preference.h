@@ -87,8 +87,8 @@ inline std::tuple<Tensor, Tensor> reward_pair_loss(Tensor chosen_, Tensor reject
   const OptionalTensor margin = check_pairs(op, chosen_, rejected_, margin_);
   const Tensor chosen = dense(chosen_), rejected = dense(rejected_);
   const int64_t pairs = chosen.size(0);
-  Tensor loss = torch::stable::new_empty(chosen, {});
-  Tensor stats = torch::stable::new_empty(chosen, {PairTerms<float>::kStats});
+  Tensor loss = empty(chosen, {});
+  Tensor stats = empty(chosen, {PairTerms<float>::kStats});
   for_real(chosen.scalar_type(), op, "chosen", [&](auto zero) {
     using A = decltype(zero);
     const Tensor partial = partial_terms(chosen, 1, pairs, PairTerms<A>::kTerms);
@@ -104,8 +104,8 @@ inline std::tuple<Tensor, Tensor, Tensor> reward_pair_loss_backward(Tensor grad,
   const char* op = "reward_pair_loss";
   const OptionalTensor margin = check_pairs(op, chosen_, rejected_, margin_);
   const Tensor chosen = dense(chosen_), rejected = dense(rejected_);
-  Tensor grad_chosen = torch::stable::new_empty(chosen, chosen.sizes()), grad_rejected = torch::stable::new_empty(chosen, chosen.sizes());
-  Tensor grad_margin = margin ? torch::stable::new_empty(chosen, chosen.sizes()) : torch::stable::new_empty(chosen, {0});
+  Tensor grad_chosen = empty(chosen, chosen.sizes()), grad_rejected = empty(chosen, chosen.sizes());
+  Tensor grad_margin = margin ? empty(chosen, chosen.sizes()) : empty(chosen, {0});
   for_real(chosen.scalar_type(), op, "chosen", [&](auto zero) {
     using A = decltype(zero);
     const PairBackward<A> f{in<A>(grad), in<A>(chosen), in<A>(rejected), margin ? in<A>(*margin) : nullptr, out<A>(grad_chosen),

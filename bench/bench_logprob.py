@@ -1,0 +1,46 @@
+"""Log-probs (and entropy) of labels from logits, beside what eager PyTorch code does."""
+
+import torch
+
+from bench.common import Case, backward, rows, run
+from rlhf_fast import gather_logprobs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [(4, 16, 82), (8, 64, 32_000), (1, 1024, 50_257)] if DEVICE == "cpu" else [(4, 16, 82), (1, 8192, 50_257), (1, 8192, 151_936)]
+
+
+def eager(logits, labels):
+    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def eager_entropy(logits, labels):
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def case(name, size, dtype, contenders, passes):
+    b, t, v = size
+
+    def inputs(generator):
+        logits = (torch.randn(b, t, v, generator=generator) * 3).to(dtype).to(DEVICE)
+        return logits, torch.randint(0, v, (b, t), generator=generator).to(DEVICE)
+
+    kind = str(dtype)[6:]
+    moved = passes * b * t * v * dtype.itemsize
+    return Case(f"{name} {kind}", f"{b}x{t}x{v}", inputs, contenders, 0.1 if dtype == torch.bfloat16 else 1e-4, moved)
+
+
+CASES = []
+for size in SIZES:
+    for dtype in (torch.float32, torch.bfloat16):
+        both = {"rlhf_fast": lambda x, y: gather_logprobs(x, y, with_entropy=True), "eager": eager_entropy}
+        CASES += [
+            case("logprobs", size, dtype, {"rlhf_fast": gather_logprobs, "eager": eager}, 1),
+            case("logprobs + entropy", size, dtype, both, 1),
+            case("logprobs, forward + backward", size, dtype, {"rlhf_fast": backward(gather_logprobs), "eager": backward(eager)}, 3),
+        ]
+
+
+@rows(CASES)
+def bench_gather_logprobs(benchmark, case, who):
+    run(benchmark, case, who)

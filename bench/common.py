@@ -1,0 +1,83 @@
+"""How a row of the benchmark is made: one case, ours beside its peers, the same inputs, correctness before timing.
+
+Inputs rotate, so that no cache flatters, and are never zeros. Times are pytest-benchmark's; `bench/report.py` turns them into
+ratios within one run, which is all that a shared machine can tell.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+ROTATE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    size: str
+    inputs: Callable[[torch.Generator], tuple]  # a fresh set of inputs
+    contenders: dict[str, Callable]  # name -> function of the inputs; the first is ours
+    tolerance: float  # of the contenders' results against each other, absolute and relative
+    bytes_moved: int = 0  # the least that must be read and written
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.size}"
+
+
+def rows(cases: list[Case]):
+    """Parametrize a benchmark function over every contender of every case."""
+    params = [pytest.param(case, who, id=f"{case.id}-{who}") for case in cases for who in case.contenders]
+    return pytest.mark.parametrize(("case", "who"), params)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def flat(result) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, dict):
+        return []
+    return [t for part in result for t in flat(part)]
+
+
+def run(benchmark, case: Case, who: str) -> None:
+    function = case.contenders[who]
+    generator = torch.Generator().manual_seed(0)
+    first = case.inputs(generator)
+    ours = next(iter(case.contenders.values()))
+    for a, b in zip(flat(function(*first)), flat(ours(*first)), strict=False):
+        torch.testing.assert_close(a.float(), b.float(), rtol=case.tolerance, atol=case.tolerance)
+    size = sum(t.numel() * t.element_size() for t in first if isinstance(t, torch.Tensor))
+    sets = [first, *(case.inputs(generator) for _ in range(min(15, ROTATE_BYTES // max(size, 1))))]
+    turn = itertools.cycle(sets)
+    benchmark.group = case.id
+    benchmark.extra_info.update(case=case.name, size=case.size, who=who, bytes=case.bytes_moved, threads=torch.get_num_threads())
+
+    def call():
+        function(*next(turn))
+        synchronize()
+
+    for _ in range(3):
+        call()
+    benchmark(call)
+
+
+def backward(function: Callable, *, copy: bool = False) -> Callable:
+    """Forward and backward with respect to the first input."""
+
+    def both(x, *rest):
+        leaf = x.detach().requires_grad_()
+        # A leaf cannot be overwritten; what overwrites its input gets a view of the leaf's memory that is no leaf.
+        out = function(leaf.view_as(leaf) if copy else leaf, *rest)
+        loss = out[0] if isinstance(out, tuple) else out
+        loss.sum().backward()
+        return leaf.grad
+
+    return both
