@@ -64,7 +64,7 @@ def cuda_build(nvcc):
         gencode.append(f"-gencode=arch=compute_{number},code={code}")
     return {
         "architectures": architectures,
-        "compile": ["-DUSE_CUDA", "--threads=0", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", *gencode],
+        "compile": ["-DUSE_CUDA", "--threads=0", "--compress-mode=size", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", *gencode],
         # The CUDA runtime is static: a shared one ties the library to torch's CUDA major version.
         "link": ["-Wl,-Bstatic", "-lcudart_static", "-Wl,-Bdynamic", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"],
         "include": [f"{home}/include"],

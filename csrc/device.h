@@ -154,6 +154,7 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   if (type == ScalarType::Double) code = aoti_torch_dtype_float64();
   if (type == ScalarType::BFloat16) code = aoti_torch_dtype_bfloat16();
   if (type == ScalarType::Half) code = aoti_torch_dtype_float16();
+  if (type == ScalarType::Long) code = aoti_torch_dtype_int64();
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle = nullptr;

@@ -57,7 +57,7 @@ struct KlForward {
   const A *logprobs, *ref_logprobs;
   A* penalty;
   KlOptions options;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
+  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
     const double value = weight * kl_step(logprobs[i], ref_logprobs[i], options).value;
     penalty[i] = static_cast<A>(weight == 0 ? 0.0 : value);
   }
@@ -68,7 +68,7 @@ struct KlBackward {
   const A *grad, *logprobs, *ref_logprobs;
   A* grad_logprobs;
   KlOptions options;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
+  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
     const double slope = weight * grad[i] * kl_step(logprobs[i], ref_logprobs[i], options).slope;
     grad_logprobs[i] = static_cast<A>(weight == 0 ? 0.0 : slope);
   }
@@ -84,7 +84,7 @@ inline Tensor kl_penalty(Tensor logprobs_, Tensor ref_logprobs_, OptionalTensor 
   Tensor penalty = empty(logprobs, logprobs.sizes());
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
-    for_each(logprobs, logprobs.numel(), mask_view(op, mask), KlForward<A>{in<A>(logprobs), in<A>(ref_logprobs), out<A>(penalty), options});
+    for_each(logprobs, 1, logprobs.numel(), mask_view(op, mask), KlForward<A>{in<A>(logprobs), in<A>(ref_logprobs), out<A>(penalty), options});
   });
   return penalty;
 }
@@ -100,7 +100,7 @@ inline Tensor kl_penalty_backward(Tensor grad_, Tensor logprobs_, Tensor ref_log
   Tensor grad_logprobs = empty(logprobs, logprobs.sizes());
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
-    for_each(logprobs, logprobs.numel(), mask_view(op, mask),
+    for_each(logprobs, 1, logprobs.numel(), mask_view(op, mask),
              KlBackward<A>{in<A>(grad), in<A>(logprobs), in<A>(ref_logprobs), out<A>(grad_logprobs), options});
   });
   return grad_logprobs;
@@ -115,7 +115,6 @@ struct ShapeOptions {
 };
 
 // The last position with weight, or -1: a row without a token has nowhere to put its score.
-template <class A>
 struct LastToken {
   static constexpr int kTerms = 1;
   HOST_DEVICE static Fold fold(int) { return Fold::kMax; }
@@ -125,35 +124,42 @@ struct LastToken {
   }
 };
 
+struct LastTokenFinish {
+  const double* partial;
+  int64_t* last;  // [rows]: the index into [rows * length], or -1
+  int64_t rows, length, chunks;
+  template <class Team>
+  HOST_DEVICE void operator()(const Team& team) const {
+    for (int64_t row = team.rank; row < rows; row += team.size) {
+      const double t = row_terms<LastToken>(partial, row, chunks).at[0];
+      last[row] = t < 0 ? -1 : row * length + static_cast<int64_t>(t);
+    }
+  }
+};
+
 template <class A>
 struct ShapeForward {
   const A *scores, *logprobs, *ref_logprobs;
-  const double* last;  // [rows * chunks]
+  const int64_t* last;  // [rows]
   A* rewards;
-  int64_t length, chunks;
   ShapeOptions options;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
-    const int64_t row = i / length;
-    double reward = weight == 0 ? 0.0 : -options.kl_coef * weight * kl_step(logprobs[i], ref_logprobs[i], options.kl).value;
-    if (weight != 0 && row_terms<LastToken<A>>(last, row, chunks).at[0] == static_cast<double>(i - row * length))
-      reward += clamp(scores[row], -options.score_clip, options.score_clip);
-    rewards[i] = static_cast<A>(reward);
+  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
+    const double penalty = weight == 0 ? 0.0 : options.kl_coef * weight * kl_step(logprobs[i], ref_logprobs[i], options.kl).value;
+    const double score = clamp(scores[row], -options.score_clip, options.score_clip);
+    rewards[i] = static_cast<A>((i == last[row] ? score : 0.0) - penalty);
   }
 };
 
 template <class A>
 struct ShapeBackward {
   const A *grad, *scores, *logprobs, *ref_logprobs;
-  const double* last;
+  const int64_t* last;
   A *grad_scores, *grad_logprobs;  // grad_scores starts at zero
-  int64_t length, chunks;
   ShapeOptions options;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
-    const int64_t row = i / length;
+  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
     const double slope = -options.kl_coef * weight * grad[i] * kl_step(logprobs[i], ref_logprobs[i], options.kl).slope;
     grad_logprobs[i] = static_cast<A>(weight == 0 ? 0.0 : slope);
-    if (weight != 0 && row_terms<LastToken<A>>(last, row, chunks).at[0] == static_cast<double>(i - row * length))
-      grad_scores[row] = static_cast<A>(grad[i] * clamp_slope(scores[row], -options.score_clip, options.score_clip));
+    if (i == last[row]) grad_scores[row] = static_cast<A>(grad[i] * clamp_slope(scores[row], -options.score_clip, options.score_clip));
   }
 };
 
@@ -166,11 +172,12 @@ inline void check_shape_rewards(const char* op, const Tensor& scores, const Tens
   CHECK_TYPE(scores.scalar_type() == logprobs.scalar_type(), op, ": `scores` must have the dtype of `logprobs`");
 }
 
-template <class A>
-Tensor last_tokens(const Tensor& logprobs, const Mask& mask) {
+inline Tensor last_tokens(const Tensor& logprobs, const Mask& mask) {
   const int64_t rows = logprobs.size(0), length = logprobs.size(1);
-  Tensor last = partial_terms(logprobs, rows, length, 1);
-  reduce_rows(logprobs, rows, length, mask, LastToken<A>{length}, out<double>(last));
+  const Tensor partial = partial_terms(logprobs, rows, length, LastToken::kTerms);
+  Tensor last = empty(logprobs, {rows}, ScalarType::Long);
+  reduce_rows(logprobs, rows, length, mask, LastToken{length}, out<double>(partial));
+  run_team(logprobs, LastTokenFinish{in<double>(partial), out<int64_t>(last), rows, length, chunks_of(length)});
   return last;
 }
 
@@ -183,12 +190,11 @@ inline Tensor shape_rewards(Tensor scores_, Tensor logprobs_, Tensor ref_logprob
   const Tensor scores = dense(scores_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
   Tensor rewards = empty(logprobs, logprobs.sizes());
-  const int64_t length = logprobs.size(1);
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
-    const Tensor last = last_tokens<A>(logprobs, mask_view(op, mask));
-    for_each(logprobs, logprobs.numel(), mask_view(op, mask),
-             ShapeForward<A>{in<A>(scores), in<A>(logprobs), in<A>(ref_logprobs), in<double>(last), out<A>(rewards), length, chunks_of(length), options});
+    const Tensor last = last_tokens(logprobs, mask_view(op, mask));
+    for_each(logprobs, logprobs.size(0), logprobs.size(1), mask_view(op, mask),
+             ShapeForward<A>{in<A>(scores), in<A>(logprobs), in<A>(ref_logprobs), in<int64_t>(last), out<A>(rewards), options});
   });
   return rewards;
 }
@@ -204,13 +210,12 @@ inline std::tuple<Tensor, Tensor> shape_rewards_backward(Tensor grad_, Tensor sc
   const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
   Tensor grad_scores = torch::stable::new_zeros(scores, scores.sizes());
   Tensor grad_logprobs = empty(logprobs, logprobs.sizes());
-  const int64_t length = logprobs.size(1);
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
-    const Tensor last = last_tokens<A>(logprobs, mask_view(op, mask));
-    for_each(logprobs, logprobs.numel(), mask_view(op, mask),
-             ShapeBackward<A>{in<A>(grad), in<A>(scores), in<A>(logprobs), in<A>(ref_logprobs), in<double>(last), out<A>(grad_scores),
-                              out<A>(grad_logprobs), length, chunks_of(length), options});
+    const Tensor last = last_tokens(logprobs, mask_view(op, mask));
+    for_each(logprobs, logprobs.size(0), logprobs.size(1), mask_view(op, mask),
+             ShapeBackward<A>{in<A>(grad), in<A>(scores), in<A>(logprobs), in<A>(ref_logprobs), in<int64_t>(last), out<A>(grad_scores),
+                              out<A>(grad_logprobs), options});
   });
   return {grad_scores, grad_logprobs};
 }

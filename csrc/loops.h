@@ -1,7 +1,9 @@
 // The two shapes that every O(tokens) op has, written once for both devices.
 //
-//   for_each(n, mask, f)                 f(i, weight) for each token
+//   for_each(rows, length, mask, f)      f(row, i, weight) for each token, i = row * length + t
 //   reduce_rows(rows, length, mask, r)   per row, K numbers folded over its tokens
+//
+// Both go through a row in chunks, so that nobody divides by the length and one long packed row still keeps every core busy.
 //
 // f and r are small structs of pointers and options whose HOST_DEVICE members hold the op's arithmetic. All of it is done in
 // double: these ops move few bytes, and a correctly rounded result costs next to nothing (6 % for GAE on a CPU).
@@ -38,8 +40,7 @@ HOST_DEVICE void merge(Terms<R>& into, const Terms<R>& other) {
   for (int k = 0; k < R::kTerms; ++k) into.at[k] = fold_in(R::fold(k), into.at[k], other.at[k]);
 }
 
-// A row is folded in chunks of this many tokens, counted from its start, and the chunks in their order: the bits depend on
-// the row alone, and one long packed row still keeps every core busy.
+// Chunks are counted from the start of a row and folded in their order, so that the bits depend on the row alone.
 constexpr int64_t kChunk = 2048;
 
 inline int64_t chunks_of(int64_t length) { return length > 0 ? ceil_div(length, kChunk) : 1; }
@@ -84,16 +85,26 @@ CPU_CLONES inline void weights_of(const Mask& mask, int64_t first, int64_t n, do
 }
 
 template <class F>
-CPU_CLONES void for_range(const F& f, const Mask& mask, int64_t begin, int64_t end) {
+CPU_CLONES void for_range(const F& f, const Mask& mask, int64_t row, int64_t begin, int64_t end) {
   double weights[kChunk];
   weights_of(mask, begin, end - begin, weights);
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) f(i, weights[i - begin]);
+  for (int64_t i = begin; i < end; ++i) f(row, i, weights[i - begin]);
+}
+
+// body(row, begin, end) for every chunk of every row, chunks numbered by `piece`.
+template <class Body>
+void for_chunks(int64_t rows, int64_t length, const Body& body) {
+  const int64_t chunks = chunks_of(length);
+  parallel_for(rows * chunks, length < kChunk ? length : kChunk, [&](int64_t piece) {
+    const int64_t row = piece / chunks, t = (piece % chunks) * kChunk;
+    body(piece, row, row * length + t, row * length + (length < t + kChunk ? length : t + kChunk));
+  });
 }
 
 template <class F>
-void for_each(const Tensor&, int64_t n, const Mask& mask, const F& f) {
-  parallel_for(chunks_of(n), kChunk, [&](int64_t c) { for_range(f, mask, c * kChunk, n < (c + 1) * kChunk ? n : (c + 1) * kChunk); });
+void for_each(const Tensor&, int64_t rows, int64_t length, const Mask& mask, const F& f) {
+  for_chunks(rows, length, [&](int64_t, int64_t row, int64_t begin, int64_t end) { for_range(f, mask, row, begin, end); });
 }
 
 template <class R>
@@ -126,18 +137,14 @@ CPU_CLONES void reduce_range(const R& r, const Mask& mask, int64_t row, int64_t 
   }
 }
 
-// r.terms(row, i, weight, terms) sees the flat index i = row * length + t.
 template <class R>
 void reduce_rows(const Tensor&, int64_t rows, int64_t length, const Mask& mask, const R& r, double* partial) {
-  const int64_t chunks = chunks_of(length);
-  parallel_for(rows * chunks, length < kChunk ? length : kChunk, [&](int64_t piece) {
-    const int64_t row = piece / chunks, t = (piece % chunks) * kChunk;
-    const int64_t end = length < t + kChunk ? length : t + kChunk;
-    reduce_range(r, mask, row, row * length + t, row * length + end, partial + piece * R::kTerms);
+  for_chunks(rows, length, [&](int64_t piece, int64_t row, int64_t begin, int64_t end) {
+    reduce_range(r, mask, row, begin, end, partial + piece * R::kTerms);
   });
 }
 
-// finish(rank, size, sync): the work of one team that sees every row. On the CPU the team is one thread.
+// finish(team): the work of one team that sees every row. On the CPU the team is one thread.
 struct SoloTeam {
   static constexpr int rank = 0, size = 1;
   void sync() const {}
@@ -152,21 +159,17 @@ void run_team(const Tensor&, const Finish& finish) {
 #else
 
 constexpr int kLoopThreads = 256;
-constexpr int kPerThread = 4;
 
 template <class F>
-__global__ void __launch_bounds__(kLoopThreads) for_each_kernel(F f, Mask mask, int64_t n) {
-  const int64_t first = blockIdx.x * int64_t(kLoopThreads) * kPerThread + threadIdx.x;
-  UNROLL
-  for (int u = 0; u < kPerThread; ++u) {
-    const int64_t i = first + u * kLoopThreads;
-    if (i < n) f(i, mask[i]);
-  }
+__global__ void __launch_bounds__(kLoopThreads) for_each_kernel(F f, Mask mask, int64_t length, int64_t chunks) {
+  const int64_t row = blockIdx.x / chunks, t = (blockIdx.x % chunks) * kChunk;
+  const int64_t end = length < t + kChunk ? length : t + kChunk;
+  for (int64_t i = row * length + t + threadIdx.x; i < row * length + end; i += kLoopThreads) f(row, i, mask[i]);
 }
 
 template <class F>
-void for_each(const Tensor& on, int64_t n, const Mask& mask, const F& f) {
-  launch(on, for_each_kernel<F>, ceil_div(n, int64_t(kLoopThreads) * kPerThread), kLoopThreads, f, mask, n);
+void for_each(const Tensor& on, int64_t rows, int64_t length, const Mask& mask, const F& f) {
+  launch(on, for_each_kernel<F>, length > 0 ? rows * chunks_of(length) : 0, kLoopThreads, f, mask, length, chunks_of(length));
 }
 
 template <class R>

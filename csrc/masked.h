@@ -45,9 +45,7 @@ struct MeanBackward {
   const A* grad;             // [rows]
   const double* weight_sum;  // [rows]
   A* grad_x;                 // [rows, length]
-  int64_t length;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
-    const int64_t row = i / length;
+  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
     grad_x[i] = static_cast<A>(weight != 0 ? grad[row] * ratio_or_zero(weight, weight_sum[row]) : 0.0);
   }
 };
@@ -77,7 +75,7 @@ inline Tensor masked_mean_backward(Tensor grad_, Tensor mask_, Tensor weight_sum
   Tensor grad_x = empty(grad, mask.sizes());
   for_real(grad.scalar_type(), op, "grad", [&](auto zero) {
     using A = decltype(zero);
-    for_each(grad, mask.numel(), mask_view(op, mask), MeanBackward<A>{in<A>(grad), in<double>(weight_sum), out<A>(grad_x), mask.size(1)});
+    for_each(grad, mask.size(0), mask.size(1), mask_view(op, mask), MeanBackward<A>{in<A>(grad), in<double>(weight_sum), out<A>(grad_x)});
   });
   return grad_x;
 }
@@ -137,7 +135,7 @@ struct WhitenForward {
   const Whitening* w;
   A* whitened;
   bool shift_mean;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
+  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
     const double value = (x[i] - w->mean) * w->scale + (shift_mean ? 0.0 : w->mean);
     whitened[i] = static_cast<A>(weight != 0 ? value : 0.0);
   }
@@ -177,7 +175,7 @@ struct WhitenBackward {
   const double* totals;
   A* grad_x;
   bool shift_mean;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
+  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
     const double s = w->scale, keep = shift_mean ? 0.0 : 1.0;
     const double through_mean = weight / w->weight_sum * (keep - s) * totals[0];
     const double through_scale = weight * (x[i] - w->mean) * s * s * s / w->divisor * totals[1];
@@ -201,7 +199,7 @@ inline std::tuple<Tensor, Tensor> masked_whiten(Tensor x_, Tensor mask_, bool sh
     run_team(x, WhitenMean<A>{in<double>(partial), w, chunks, unbiased});
     reduce_rows(x, 1, n, view, SquaredDeviation<A>{in<A>(x), w}, out<double>(partial));
     run_team(x, WhitenScale<A>{in<double>(partial), w, chunks, eps});
-    for_each(x, n, view, WhitenForward<A>{in<A>(x), w, out<A>(whitened), shift_mean});
+    for_each(x, 1, n, view, WhitenForward<A>{in<A>(x), w, out<A>(whitened), shift_mean});
   });
   return {whitened, whitening};
 }
@@ -221,7 +219,7 @@ inline Tensor masked_whiten_backward(Tensor grad_, Tensor x_, Tensor mask_, Tens
     Tensor totals = empty(x, {2}, ScalarType::Double);
     reduce_rows(x, 1, n, view, WhitenUpstream<A>{in<A>(grad), in<A>(x), w}, out<double>(partial));
     run_team(x, WhitenTotals<A>{in<double>(partial), out<double>(totals), chunks_of(n)});
-    for_each(x, n, view, WhitenBackward<A>{in<A>(grad), in<A>(x), w, in<double>(totals), out<A>(grad_x), shift_mean});
+    for_each(x, 1, n, view, WhitenBackward<A>{in<A>(grad), in<A>(x), w, in<double>(totals), out<A>(grad_x), shift_mean});
   });
   return grad_x;
 }

@@ -203,11 +203,10 @@ struct PolicyBackward {
   const A *logprobs, *old_logprobs, *advantages;
   const double* row_weight;  // [B]
   A *grad_logprobs, *grad_advantages;  // [B, T] or null
-  int64_t length;
   PolicyOptions options;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
+  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
     const PolicyToken token = policy_step(logprobs[i], old_logprobs[i], advantages[i], options);
-    const double share = *grad * weight * row_weight[i / length];
+    const double share = *grad * weight * row_weight[row];
     const bool on = weight != 0;
     if (grad_logprobs) grad_logprobs[i] = static_cast<A>(on ? share * token.loss_by_ratio * token.ratio_by_logprob : 0.0);
     if (grad_advantages) grad_advantages[i] = static_cast<A>(on ? share * token.loss_by_advantage : 0.0);
@@ -249,8 +248,8 @@ inline std::tuple<Tensor, Tensor> ppo_policy_loss_backward(Tensor grad, Tensor l
     using A = decltype(zero);
     const PolicyBackward<A> f{in<A>(grad), in<A>(logprobs), in<A>(old_logprobs), in<A>(advantages), in<double>(row_weight),
                               need_logprobs ? out<A>(grad_logprobs) : nullptr, need_advantages ? out<A>(grad_advantages) : nullptr,
-                              logprobs.size(1), {clip_low, clip_high, dual_clip, log_ratio_clip}};
-    for_each(logprobs, logprobs.numel(), mask_view(op, mask), f);
+                              {clip_low, clip_high, dual_clip, log_ratio_clip}};
+    for_each(logprobs, logprobs.size(0), logprobs.size(1), mask_view(op, mask), f);
   });
   return {grad_logprobs, grad_advantages};
 }
@@ -321,11 +320,10 @@ struct ValueBackward {
   const A *values, *old_values, *returns;
   const double* row_weight;
   A *grad_values, *grad_old_values, *grad_returns;  // [B, T] or null
-  int64_t length;
   double clip;
-  HOST_DEVICE void operator()(int64_t i, double weight) const {
+  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
     const ValueToken token = value_step(values[i], old_values[i], returns[i], clip);
-    const double share = *grad * weight * row_weight[i / length];
+    const double share = *grad * weight * row_weight[row];
     const bool on = weight != 0;
     if (grad_values) grad_values[i] = static_cast<A>(on ? share * token.by_value : 0.0);
     if (grad_old_values) grad_old_values[i] = static_cast<A>(on ? share * token.by_old_value : 0.0);
@@ -367,8 +365,8 @@ inline std::tuple<Tensor, Tensor, Tensor> ppo_value_loss_backward(Tensor grad, T
     using A = decltype(zero);
     const ValueBackward<A> f{in<A>(grad), in<A>(values), in<A>(old_values), in<A>(returns), in<double>(row_weight),
                              need_values ? out<A>(grad_values) : nullptr, need_old_values ? out<A>(grad_old_values) : nullptr,
-                             need_returns ? out<A>(grad_returns) : nullptr, values.size(1), clip};
-    for_each(values, values.numel(), mask_view(op, mask), f);
+                             need_returns ? out<A>(grad_returns) : nullptr, clip};
+    for_each(values, values.size(0), values.size(1), mask_view(op, mask), f);
   });
   return {grad_values, grad_old_values, grad_returns};
 }

@@ -65,7 +65,7 @@ struct PairBackward {
   A *grad_chosen, *grad_rejected, *grad_margin;  // grad_margin may be null
   int64_t pairs;
   double center_coef;
-  HOST_DEVICE void operator()(int64_t i, double) const {
+  HOST_DEVICE void operator()(int64_t, int64_t i, double) const {
     const double share = *grad / static_cast<double>(pairs), gap_margin = margin ? static_cast<double>(margin[i]) : 0.0;
     const PairToken token = pair_step(chosen[i], rejected[i], gap_margin, center_coef);
     grad_chosen[i] = static_cast<A>(share * token.by_chosen);
@@ -110,7 +110,7 @@ inline std::tuple<Tensor, Tensor, Tensor> reward_pair_loss_backward(Tensor grad,
     using A = decltype(zero);
     const PairBackward<A> f{in<A>(grad), in<A>(chosen), in<A>(rejected), margin ? in<A>(*margin) : nullptr, out<A>(grad_chosen),
                             out<A>(grad_rejected), margin ? out<A>(grad_margin) : nullptr, chosen.size(0), center_coef};
-    for_each(chosen, chosen.numel(), Mask{}, f);
+    for_each(chosen, 1, chosen.numel(), Mask{}, f);
   });
   return {grad_chosen, grad_rejected, grad_margin};
 }
