@@ -117,7 +117,7 @@ struct ShapeOptions {
 // The last position with weight, or -1: a row without a token has nowhere to put its score.
 struct LastToken {
   static constexpr int kTerms = 1;
-  HOST_DEVICE static Fold fold(int) { return Fold::kMax; }
+  HOST_DEVICE static constexpr Fold fold(int) { return Fold::kMax; }
   int64_t length;
   HOST_DEVICE void terms(int64_t row, int64_t i, double weight, double* t) const {
     t[0] = weight != 0 ? static_cast<double>(i - row * length) : -1.0;

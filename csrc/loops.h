@@ -9,6 +9,9 @@
 // double: these ops move few bytes, and a correctly rounded result costs next to nothing (6 % for GAE on a CPU).
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "numerics.h"
 
 namespace rlhf_fast::RLHF_UNIT {
@@ -16,11 +19,21 @@ namespace rlhf_fast::RLHF_UNIT {
 // How terms are folded. A reduction names one for each of its K terms.
 enum class Fold { kSum, kMin, kMax };
 
-HOST_DEVICE double fold_start(Fold fold) {
+HOST_DEVICE constexpr double fold_start(Fold fold) {
   return fold == Fold::kSum ? 0.0 : fold == Fold::kMin ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity();
 }
-HOST_DEVICE double fold_in(Fold fold, double a, double b) {
+HOST_DEVICE constexpr double fold_in(Fold fold, double a, double b) {
   return fold == Fold::kSum ? a + b : fold == Fold::kMin ? (b < a ? b : a) : (b > a ? b : a);
+}
+
+// f(k) for k = 0 .. kCount - 1 as constants: unrolled by the compiler's front end, where a pragma comes too late for SIMD.
+template <class F, int... k>
+HOST_DEVICE void for_constants(const F& f, std::integer_sequence<int, k...>) {
+  (f(std::integral_constant<int, k>{}), ...);
+}
+template <int kCount, class F>
+HOST_DEVICE void for_constants(const F& f) {
+  for_constants(f, std::make_integer_sequence<int, kCount>{});
 }
 
 template <class R>
@@ -28,16 +41,14 @@ struct Terms {
   double at[R::kTerms];
   HOST_DEVICE static Terms start() {
     Terms terms;
-    UNROLL
-    for (int k = 0; k < R::kTerms; ++k) terms.at[k] = fold_start(R::fold(k));
+    for_constants<R::kTerms>([&](auto k) { terms.at[k] = fold_start(R::fold(k)); });
     return terms;
   }
 };
 
 template <class R>
 HOST_DEVICE void merge(Terms<R>& into, const Terms<R>& other) {
-  UNROLL
-  for (int k = 0; k < R::kTerms; ++k) into.at[k] = fold_in(R::fold(k), into.at[k], other.at[k]);
+  for_constants<R::kTerms>([&](auto k) { into.at[k] = fold_in(R::fold(k), into.at[k], other.at[k]); });
 }
 
 // Chunks are counted from the start of a row and folded in their order, so that the bits depend on the row alone.
@@ -107,30 +118,37 @@ void for_each(const Tensor&, int64_t rows, int64_t length, const Mask& mask, con
   for_chunks(rows, length, [&](int64_t, int64_t row, int64_t begin, int64_t end) { for_range(f, mask, row, begin, end); });
 }
 
+constexpr int kStrip = 256;
+
+// A function of its own: an array declared in the body of a SIMD loop is not kept in registers.
+template <class R>
+HOST_DEVICE void strip_terms(const R& r, int64_t row, int64_t i, double weight, double (&strip)[R::kTerms][kStrip], int j) {
+  double terms[R::kTerms];
+  r.terms(row, i, weight, terms);
+  for_constants<R::kTerms>([&](auto k) { strip[k][j] = terms[k]; });
+}
+
 template <class R>
 CPU_CLONES void reduce_range(const R& r, const Mask& mask, int64_t row, int64_t begin, int64_t end, double* terms_out) {
+  constexpr int kTerms = R::kTerms;
   constexpr int kLanes = 8;  // fixed, so that every instruction set adds in the same order
-  double weights[kChunk];
+  double weights[kChunk], strip[kTerms][kStrip], lanes[kTerms][kLanes];
   weights_of(mask, begin, end - begin, weights);
-  double lanes[R::kTerms][kLanes];
-  for (int k = 0; k < R::kTerms; ++k)
+  for (int k = 0; k < kTerms; ++k)
     for (int l = 0; l < kLanes; ++l) lanes[k][l] = fold_start(R::fold(k));
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
+  for (int64_t first = begin; first < end; first += kStrip) {
+    const int n = static_cast<int>(end - first < kStrip ? end - first : kStrip);
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      double terms[R::kTerms];
-      r.terms(row, i + l, weights[i + l - begin], terms);
-      UNROLL
-      for (int k = 0; k < R::kTerms; ++k) lanes[k][l] = fold_in(R::fold(k), lanes[k][l], terms[k]);
-    }
+    for (int j = 0; j < n; ++j) strip_terms(r, row, first + j, weights[first - begin + j], strip, j);
+    for_constants<kTerms>([&](auto k) {
+      constexpr Fold kFold = R::fold(k);
+      int j = 0;
+      for (; j + kLanes <= n; j += kLanes)
+        for (int l = 0; l < kLanes; ++l) lanes[k][l] = fold_in(kFold, lanes[k][l], strip[k][j + l]);
+      for (int l = 0; j < n; ++j, ++l) lanes[k][l] = fold_in(kFold, lanes[k][l], strip[k][j]);
+    });
   }
-  for (int l = 0; i < end; ++i, ++l) {
-    double terms[R::kTerms];
-    r.terms(row, i, weights[i - begin], terms);
-    for (int k = 0; k < R::kTerms; ++k) lanes[k][l] = fold_in(R::fold(k), lanes[k][l], terms[k]);
-  }
-  for (int k = 0; k < R::kTerms; ++k) {
+  for (int k = 0; k < kTerms; ++k) {
     double total = lanes[k][0];
     for (int l = 1; l < kLanes; ++l) total = fold_in(R::fold(k), total, lanes[k][l]);
     terms_out[k] = total;

@@ -11,7 +11,7 @@ namespace rlhf_fast::RLHF_UNIT {
 template <class A>
 struct WeightedSum {  // -> sum w, sum w x
   static constexpr int kTerms = 2;
-  HOST_DEVICE static Fold fold(int) { return Fold::kSum; }
+  HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A* x;
   HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
     t[0] = weight;
@@ -91,7 +91,7 @@ struct Whitening {
 template <class A>
 struct SquaredDeviation {
   static constexpr int kTerms = 1;
-  HOST_DEVICE static Fold fold(int) { return Fold::kSum; }
+  HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A* x;
   const Whitening* w;
   HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
@@ -145,7 +145,7 @@ struct WhitenForward {
 template <class A>
 struct WhitenUpstream {  // -> sum g, sum g (x - mean)
   static constexpr int kTerms = 2;
-  HOST_DEVICE static Fold fold(int) { return Fold::kSum; }
+  HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A *grad, *x;
   const Whitening* w;
   HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {

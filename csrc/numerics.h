@@ -80,7 +80,7 @@ HOST_DEVICE double softplus(double x) { return (x > 0 ? x : 0.0) + log1p(exp(x >
 HOST_DEVICE double sigmoid(double x) { return x >= 0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x)); }
 
 // The derivative of clamp(x, low, high) as torch defines it: 1 on the closed interval.
-HOST_DEVICE double clamp_slope(double x, double low, double high) { return x >= low && x <= high ? 1.0 : 0.0; }
+HOST_DEVICE double clamp_slope(double x, double low, double high) { return (x >= low) & (x <= high) ? 1.0 : 0.0; }
 HOST_DEVICE double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
 // The share of the gradient that max(a, b) sends to a. torch.max and torch.min split ties in halves.

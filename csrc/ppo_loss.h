@@ -144,11 +144,13 @@ HOST_DEVICE PolicyToken policy_step(double logprob, double old_logprob, double a
   const double clipped_share = 1.0 - free_share;
   const double clipped_surrogate = free_loss > clipped_loss ? free_loss : clipped_loss;
   t.clipped = clipped_loss > free_loss ? 1.0 : 0.0;
-  const double bound_loss = -advantage * o.dual_clip;  // infinite or NaN without a dual clip: the branch below is then not taken
-  const bool dual = advantage < 0 && o.dual_clip < std::numeric_limits<double>::infinity();
+  const double bound_loss = -advantage * o.dual_clip;  // infinite or NaN without a dual clip, and then not looked at
+  // & and not &&: a branch would keep the loop from becoming SIMD.
+  const bool dual = (advantage < 0) & (o.dual_clip < std::numeric_limits<double>::infinity());
+  const bool bound = dual & (clipped_surrogate > bound_loss);
   const double kept_share = dual ? 1.0 - max_share(clipped_surrogate, bound_loss) : 1.0;
-  t.dual_clipped = dual && clipped_surrogate > bound_loss ? 1.0 : 0.0;
-  t.loss = dual && clipped_surrogate > bound_loss ? bound_loss : clipped_surrogate;
+  t.dual_clipped = bound ? 1.0 : 0.0;
+  t.loss = bound ? bound_loss : clipped_surrogate;
   t.loss_by_ratio = kept_share * -advantage * (free_share + clipped_share * clamp_slope(t.ratio, low, high));
   t.loss_by_advantage = -kept_share * (free_share * t.ratio + clipped_share * bounded) - (dual ? (1.0 - kept_share) * o.dual_clip : 0.0);
   return t;
@@ -159,7 +161,7 @@ struct PolicyTerms {
   enum { kClipped = 2, kDualClipped, kHalfSquare, kNegLogRatio, kRatio, kRatioSquare, kRatioMin, kRatioMax, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 9;
-  HOST_DEVICE static Fold fold(int k) { return k == kRatioMin ? Fold::kMin : k == kRatioMax ? Fold::kMax : Fold::kSum; }
+  HOST_DEVICE static constexpr Fold fold(int k) { return k == kRatioMin ? Fold::kMin : k == kRatioMax ? Fold::kMax : Fold::kSum; }
 
   const A *logprobs, *old_logprobs, *advantages;  // [B, T]
   PolicyOptions options;
@@ -278,7 +280,7 @@ struct ValueTerms {
   enum { kClipped = 2, kError, kValue, kReturn, kReturnSquare, kResidual, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 6;
-  HOST_DEVICE static Fold fold(int) { return Fold::kSum; }
+  HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
 
   const A *values, *old_values, *returns;  // [B, T]
   double clip;

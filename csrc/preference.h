@@ -23,7 +23,7 @@ struct PairTerms {
   enum { kLoss, kCorrect, kGap, kChosen, kRejected, kLowest, kHighest, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 6;
-  HOST_DEVICE static Fold fold(int k) { return k == kLowest ? Fold::kMin : k == kHighest ? Fold::kMax : Fold::kSum; }
+  HOST_DEVICE static constexpr Fold fold(int k) { return k == kLowest ? Fold::kMin : k == kHighest ? Fold::kMax : Fold::kSum; }
 
   const A *chosen, *rejected, *margin;  // [B]; margin may be null
   double center_coef;
