@@ -1,0 +1,247 @@
+"""What every training stage needs and none owns: common keys, device, seed, token ids, batches, the update step."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.train.config import option, required
+from rlhf_fast.train.data import encode_prompt, encode_response
+from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.model import context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Below this many parameters an op is shorter than the hand-over between threads (measured: two threads up to 38
+# times slower than one when the machine has other work).
+SMALL_MODEL = 5_000_000
+DEFAULT_THREADS = torch.get_num_threads()
+SCHEDULES = ("linear", "cosine", "constant")
+N_PLUS = "arXiv 2403.17031"  # Huang et al. 2024, whose settings are most of the defaults
+BUCKET_WINDOW = 16  # batches whose rows are sorted by length together
+
+
+# ------------------------------------------------------------------------------------------------- common keys
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The keys that every stage has."""
+
+    model: str = required("directory (or Hugging Face name) of the model to start from", group="files")
+    data: str = required("JSONL file, plain or gzipped; a preference file serves every stage")
+    output_dir: str = required("new directory for the result")
+    bad_rows: str = option("stop", "what to do with rows that cannot be used", choices=("stop", "skip"))
+    heldout_fraction: float = option(0.05, "share of prompts that no stage trains on", minimum=0, maximum=0.9)
+    split_seed: int = option(0, "chooses which prompts are held out; the same in every stage")
+    seed: int = option(0, "seed of everything random", group="machine")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
+    threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
+
+
+# ------------------------------------------------------------------------------------------------------ process
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where torch sees one, else the CPU. UserError: a device that torch does not know or see."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device '{name}' is not known to torch; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{name}' was asked for but this torch ({torch.__version__}) sees no GPU; use cpu")
+    return device
+
+
+def seed_everything(seed: int) -> torch.Generator:
+    """Seed the global generators and return one more, for the order of the data, that no sampling can disturb."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def use_threads(threads: int, *, parameters: int, device: torch.device) -> None:
+    """Set the number of CPU threads; 0 means 1 for a small model on the CPU, else torch's default."""
+    small = device.type == "cpu" and parameters < SMALL_MODEL
+    torch.set_num_threads(threads or (1 if small else DEFAULT_THREADS))
+    # Adam's moments of rarely used rows decay into denormals, which are a hundred times slower on x86.
+    torch.set_flush_denormal(True)
+
+
+# ---------------------------------------------------------------------------------------------------- token ids
+
+NO_LIMIT = 10**9
+
+
+class Encoder:
+    """Text to token ids that fit the context of the model, and of any others that will read them; counts what was cut.
+
+    Replies keep up to `max_response_tokens`, prompts up to `max_prompt_tokens` or, if less, what the replies leave of
+    the context. UserError if they leave nothing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        others: Sequence[PreTrainedModel] = (),
+    ) -> None:
+        context = min(context_length(reader) or NO_LIMIT for reader in (model, *others))
+        if max_response_tokens >= context:
+            raise UserError(
+                f"replies of {max_response_tokens} tokens leave no room for a prompt in the model's context of "
+                f"{context} tokens; shorten the replies"
+            )
+        self._tokenizer = tokenizer
+        self.max_prompt_tokens = min(max_prompt_tokens, context - max_response_tokens)
+        self.max_response_tokens = max_response_tokens
+        self.truncated_prompts = self.truncated_responses = 0
+
+    def prompt(self, text: str) -> list[int]:
+        ids = encode_prompt(self._tokenizer, text, NO_LIMIT)
+        if len(ids) <= self.max_prompt_tokens:
+            return ids
+        self.truncated_prompts += 1
+        return encode_prompt(self._tokenizer, text, self.max_prompt_tokens)
+
+    def response(self, text: str) -> list[int]:
+        ids = encode_response(self._tokenizer, text, NO_LIMIT)
+        self.truncated_responses += len(ids) > self.max_response_tokens
+        return ids[: self.max_response_tokens]
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator | None) -> list[list[int]]:
+    """Row numbers in batches of similar length, so that little is spent on padding. Every row appears once.
+
+    With a generator: rows are shuffled, sorted by length only within a window of 16 batches, and the batches are
+    shuffled. Without: sorted by length throughout (evaluation).
+    """
+    if generator is None:
+        return _split(sorted(range(len(lengths)), key=lambda row: lengths[row]), batch_size)
+    rows = torch.randperm(len(lengths), generator=generator).tolist()
+    batches = []
+    for window in _split(rows, batch_size * BUCKET_WINDOW):
+        batches += _split(sorted(window, key=lambda row: lengths[row]), batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def micro_batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """`rows` in parts of at most `size` (0: one part), shortest first, so that each part can be cut to its longest."""
+    return _split(sorted(rows, key=lambda row: lengths[row]), size or len(rows))
+
+
+def _split(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+# --------------------------------------------------------------------------------------------------------- step
+
+
+class Means:
+    """Means of device scalars over the steps since the last look, moved to the host only then."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Tensor]] = []
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        self._rows.append({name: value.detach() for name, value in values.items()})
+
+    def take(self) -> dict[str, float]:
+        """The mean of each name, one transfer in all; forgets what was added."""
+        names, rows, self._rows = list(self._rows[0]), self._rows, []
+        table = torch.stack([torch.stack([row[name].double() for name in names]) for row in rows])
+        return dict(zip(names, table.mean(0).tolist(), strict=True))
+
+
+def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, warmup_steps: int = 0) -> float:
+    """The rate of step 1 … total_steps: linear warm-up, then "linear" or "cosine" towards 0, or "constant"."""
+    if step <= warmup_steps:
+        return peak * step / (warmup_steps + 1)
+    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[schedule]
+
+
+def adamw(models: Sequence[nn.Module], *, weight_decay: float, epsilon: float) -> torch.optim.AdamW:
+    """AdamW over all parameters of `models`; the learning rate is set before every step."""
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    return torch.optim.AdamW(parameters, lr=0.0, eps=epsilon, weight_decay=weight_decay, fused=True)
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer,
+    models: Mapping[str, nn.Module],
+    losses: Mapping[str, Tensor],
+    *,
+    rate: float,
+    max_grad_norm: float,
+    where: str,
+) -> dict[str, Tensor]:
+    """Clip each model's gradient to `max_grad_norm` (0: never), update all, clear the gradients. Returns the norms.
+
+    UserError, before any parameter has changed, if a loss or gradient is not finite: it names `where` (stage and
+    step) and the tensor.
+    """
+    norms = {}
+    for name, model in models.items():
+        norms[name] = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if not torch.stack([*losses.values(), *norms.values()]).isfinite().all():
+        raise UserError(f"{where}: {_first_not_finite(models, losses)}; nothing was updated. {NOT_FINITE_ADVICE}")
+    for name, model in models.items():
+        if max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norms[name])
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norms
+
+
+NOT_FINITE_ADVICE = "Lower learning_rate, use dtype float32, and look at the last lines of log.jsonl"
+
+
+def _first_not_finite(models: Mapping[str, nn.Module], losses: Mapping[str, Tensor]) -> str:
+    for name, loss in losses.items():
+        if not loss.isfinite():
+            return f"the {name} is {loss.item()}"
+    for name, model in models.items():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"the gradient of {name} parameter {parameter_name} is not finite"
+    return "the norm of the gradient is not finite"
+
+
+# --------------------------------------------------------------------------------------------------- statistics
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95 % score interval for the probability of success after `successes` of `n` independent yes/no trials.
+
+    Wilson (1927). Stays inside [0, 1] and keeps its coverage near 0 and 1 and for small n, where the textbook
+    p ± 1.96·sqrt(p(1−p)/n) does not. `n = 0` gives (0, 1): nothing is known.
+    """
+    if n < 0 or not 0 <= successes <= n:
+        raise ValueError(f"wilson_interval: successes must lie in [0, n], got {successes} of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    p, shrink = successes / n, 1 + Z_95**2 / n
+    centre = (p + Z_95**2 / (2 * n)) / shrink
+    half = Z_95 / shrink * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

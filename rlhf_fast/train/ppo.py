@@ -1,0 +1,297 @@
+"""Stage 3, PPO: the policy is moved towards replies that the reward model likes, and held near where it started.
+
+One update goes through frozen dataclasses, Rollout -> Scored -> Advantaged (see `rollout`), then takes
+num_ppo_epochs x num_mini_batches optimizer steps on
+
+    max(-A ratio, -A clip(ratio, 1 +- cliprange)) + vf_coef * clipped value loss - entropy_coef * entropy
+
+(Schulman et al. 2017, arXiv 1707.06347). The details that decide whether this learns, and the defaults, are those of
+Huang et al. 2024 (arXiv 2403.17031), with gradient clipping added. Every mean runs over response tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
+from rlhf_fast.train import loop
+from rlhf_fast.train.checkpoint import claim_output, save_model, write_directory
+from rlhf_fast.train.config import option, validate
+from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
+from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.generate import generation_config
+from rlhf_fast.train.model import load_policy, load_scalar_model, response_logprobs, reward_from_policy, token_values
+from rlhf_fast.train.record import Stage
+from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, advantage, roll_out, score
+
+
+@dataclass(frozen=True)
+class PPOConfig(loop.StageConfig):
+    """PPO on the prompts of `data`; `model` is the fine-tuned policy, which also stays as the reference."""
+
+    reward_model: str | None = option(None, "directory of the reward model; its copy becomes the value model")
+    max_prompt_tokens: int = option(
+        512, "longer prompts lose their beginning", minimum=1, source=loop.N_PLUS, group="rollout"
+    )
+    response_length: int = option(53, "most tokens of a reply", minimum=1, source=loop.N_PLUS)
+    temperature: float = option(0.7, "divides the logits of policy and reference", above=0, source=loop.N_PLUS)
+    missing_eos: str = option(
+        "replace",
+        "score of a reply that does not end: replace it by -missing_eos_penalty, subtract that from it, or leave it",
+        choices=("none", "replace", "subtract"),
+        source=loop.N_PLUS,
+    )
+    missing_eos_penalty: float = option(1.0, "see missing_eos", minimum=0, source=loop.N_PLUS)
+    score_clip: float | None = option(None, "limit scores to +- this", above=0)
+    kl_coef: float = option(
+        0.05, "weight of the KL penalty in the reward", minimum=0, source=loop.N_PLUS, group="reward"
+    )
+    kl_estimator: str = option("k1", "per-token estimator", choices=("k1", "k2", "k3", "abs"), source=loop.N_PLUS)
+    kl_target: float | None = option(
+        None, "adapt kl_coef to this KL per reply, in nats", above=0, source="arXiv 1909.08593, which uses 6"
+    )
+    kl_horizon: int = option(10_000, "episodes over which kl_coef adapts", minimum=1, source="arXiv 1909.08593")
+    whiten_rewards: bool = option(False, "scale rewards to variance 1, mean kept", source=loop.N_PLUS)
+    gamma: float = option(1.0, "discount", minimum=0, maximum=1, source=loop.N_PLUS)
+    lam: float = option(0.95, "lambda of GAE", minimum=0, maximum=1, source=loop.N_PLUS)
+    whiten_advantages: bool = option(True, "scale advantages to mean 0, variance 1", source=loop.N_PLUS)
+    total_episodes: int | None = option(None, "rollouts in all; none: one for each prompt", minimum=1, group="update")
+    batch_size: int = option(512, "rollouts per update", minimum=1, source=loop.N_PLUS)
+    num_ppo_epochs: int = option(4, "passes over the rollouts of an update", minimum=1, source=loop.N_PLUS)
+    num_mini_batches: int = option(1, "optimizer steps per pass", minimum=1, source=loop.N_PLUS)
+    micro_batch_size: int = option(0, "rollouts per forward pass; 0: a whole minibatch", minimum=0)
+    learning_rate: float = option(3e-6, "peak learning rate", above=0, source=loop.N_PLUS)
+    lr_schedule: str = option("linear", "how the rate falls to 0", choices=loop.SCHEDULES, source=loop.N_PLUS)
+    weight_decay: float = option(0.01, "decoupled weight decay of AdamW", minimum=0, source=loop.N_PLUS)
+    adam_epsilon: float = option(1e-5, "epsilon of AdamW", above=0, source=loop.N_PLUS)
+    max_grad_norm: float = option(1.0, "the norm of each model's gradient is clipped to this; 0: never", minimum=0)
+    cliprange: float = option(0.2, "policy ratio is clipped to 1 +- this", above=0, source=loop.N_PLUS)
+    cliprange_value: float | None = option(0.2, "values move at most this; none: freely", above=0, source=loop.N_PLUS)
+    vf_coef: float = option(0.1, "weight of the value loss", minimum=0, source=loop.N_PLUS)
+    entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
+    target_kl: float | None = option(None, "end the passes of an update once approxkl is above this", above=0)
+
+
+def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
+    """Run the stage and return its directory. UserError, before anything is written, if any input is wrong.
+
+    reward: any function from replies to one number each, in place of `config.reward_model`; the value model is then
+    the policy's body under a head of zeros.
+    """
+    validate(config)
+    check(config, reward)
+    out = claim_output(config.output_dir)
+    device = loop.pick_device(config.device)
+    rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows)
+    train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
+    order = loop.seed_everything(config.seed)
+    models = load_models(config, reward, device)
+    loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
+    limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
+    encoder = loop.Encoder(models.policy, models.tokenizer, others=(models.value,), **limits)
+    prompts = [row.prompt for row in train_rows]
+    queries = [encoder.prompt(prompt) for prompt in prompts]
+    cut = encoder.truncated_prompts
+    data = DataSummary(config.data, rows_read, len(rows), len(prompts), len(heldout), bad_rows, cut)
+
+    updates = max(1, (config.total_episodes or len(prompts)) // config.batch_size)
+    optimizer = loop.adamw([models.policy, models.value], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    kl_coef, tokens, results = config.kl_coef, 0, {}
+    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, data.as_dict()) as stage:
+        for update, batch in enumerate(prompt_batches(len(prompts), config.batch_size, updates, order), 1):
+            rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
+            experience = collect(models, [prompts[i] for i in batch], [queries[i] for i in batch], kl_coef, config)
+            stats = optimize(experience, models, optimizer, config, order, rate=rate, where=f"ppo update {update}")
+            episode, tokens = update * config.batch_size, tokens + sum(experience.scored.rollout.response_lengths)
+            results = describe(experience, config.kl_estimator) | stats
+            results |= {"lr": rate, "episode": episode, "epoch": episode / len(prompts)}
+            results |= {"eps": episode / stage.seconds, "tokens_per_second": tokens / stage.seconds}
+            stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg"))
+            kl_coef = adapted(kl_coef, results["objective/kl"], config)
+        models.policy.generation_config = generation_config(
+            models.tokenizer, config.response_length, config.temperature
+        )
+        with write_directory(out / "value") as directory:
+            save_model(directory, models.value, models.tokenizer)
+        save_model(out, models.policy, models.tokenizer)
+        stage.finish(results)
+    return out
+
+
+def check(config: PPOConfig, reward: RewardFunction | None) -> None:
+    """UserError for keys that are right one by one and wrong together."""
+    if (config.reward_model is None) == (reward is None):
+        raise UserError("ppo: give either 'reward_model' (a directory) or a reward function, and not both")
+    if config.batch_size % config.num_mini_batches:
+        raise UserError(
+            f"ppo: 'batch_size' {config.batch_size} must be a multiple of 'num_mini_batches' {config.num_mini_batches}"
+        )
+
+
+def load_models(config: PPOConfig, reward: RewardFunction | None, device: torch.device) -> Models:
+    """Policy and its frozen copy; reward model and its copy that becomes the value model (N+, detail 22)."""
+    places = {"dtype": config.dtype, "device": device}
+    policy, tokenizer = load_policy(config.model, **places)
+    reference, _ = load_policy(config.model, **places)
+    if reward is not None:
+        value, _ = reward_from_policy(config.model, **places)
+        torch.nn.init.zeros_(value.score.weight)
+        return Models(policy, reference, value, reward, tokenizer)
+    reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)
+    if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizers of {config.model} and {config.reward_model} differ, so the reward model would read other "
+            "words than the policy wrote; train the reward model from this policy"
+        )
+    return Models(policy, reference, load_scalar_model(config.reward_model, **places)[0], reward_model, tokenizer)
+
+
+def collect(
+    models: Models, prompts: Sequence[str], queries: Sequence[list[int]], kl_coef: float, config: PPOConfig
+) -> Advantaged:
+    """The experience of one update: replies to `prompts`, scored, with their advantages."""
+    rollout = roll_out(models, prompts, queries, response_length=config.response_length, temperature=config.temperature)
+    scored = score(
+        rollout,
+        models,
+        temperature=config.temperature,
+        missing_eos=config.missing_eos,
+        missing_eos_penalty=config.missing_eos_penalty,
+        micro_batch_size=config.micro_batch_size,
+    )
+    return advantage(
+        scored,
+        kl_coef=kl_coef,
+        kl_estimator=config.kl_estimator,
+        score_clip=config.score_clip,
+        gamma=config.gamma,
+        lam=config.lam,
+        whiten_rewards=config.whiten_rewards,
+        whiten_advantages=config.whiten_advantages,
+    )
+
+
+def prompt_batches(count: int, batch_size: int, updates: int, order: torch.Generator) -> Iterator[list[int]]:
+    """Numbers of prompts for each update; every prompt is used once before one is used again."""
+    waiting: list[int] = []
+    for _ in range(updates):
+        while len(waiting) < batch_size:
+            waiting += torch.randperm(count, generator=order).tolist()
+        yield waiting[:batch_size]
+        del waiting[:batch_size]
+
+
+def optimize(
+    batch: Advantaged,
+    models: Models,
+    optimizer: torch.optim.Optimizer,
+    config: PPOConfig,
+    order: torch.Generator,
+    *,
+    rate: float,
+    where: str,
+) -> dict[str, float]:
+    """All optimizer steps of one update -> the statistics of its minibatches, averaged over them."""
+    trained = {"policy": models.policy, "value": models.value}
+    count = len(batch.scored.scores)
+    means, done = loop.Means(), []
+    for _ in range(config.num_ppo_epochs):
+        minibatches = torch.randperm(count, generator=order).chunk(config.num_mini_batches)
+        for rows in minibatches:
+            stats = accumulate_gradient(batch, rows.tolist(), models, config)
+            losses = {name: stats[name] for name in ("loss/policy_avg", "loss/value_avg")}
+            norms = loop.clip_and_step(
+                optimizer, trained, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
+            )
+            done.append(stats["policy/approxkl_avg"])
+            means.add(stats | {f"{name}/grad_norm": norm for name, norm in norms.items()})
+        if config.target_kl is not None and torch.stack(done[-len(minibatches) :]).mean() > config.target_kl:
+            break
+    return means.take()
+
+
+def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig) -> dict[str, Tensor]:
+    """Add the gradient of both losses over the response tokens of a minibatch -> its losses and statistics.
+
+    The minibatch is taken in micro-batches; dividing each by the tokens of the whole makes their sum exact.
+    """
+    scored, rollout = batch.scored, batch.scored.rollout
+    tokens = sum(rollout.response_lengths[row] for row in rows)
+    totals: dict[str, Tensor] = {}
+    for window in rollout.windows(rows, config.micro_batch_size):
+        ids, mask, response_mask = rollout.inputs(window)
+        place, length = (window.rows, window.response), window.response_length
+        options = {"temperature": config.temperature, "response_mask": response_mask, "with_entropy": True}
+        logprobs, entropy = response_logprobs(models.policy, ids, mask, length, **options)
+        policy_loss, policy_stats = ppo_policy_loss(
+            logprobs,
+            scored.logprobs[place],
+            batch.advantages[place],
+            response_mask,
+            clip_low=config.cliprange,
+            clip_high=config.cliprange,
+            normalizer=tokens,
+        )
+        mean_entropy = entropy.sum() / tokens
+        bonus = config.entropy_coef * mean_entropy if config.entropy_coef else 0.0
+        (policy_loss - bonus).backward()
+        value_loss, value_stats = ppo_value_loss(
+            token_values(models.value, ids, mask, length),
+            scored.values[place],
+            batch.returns[place],
+            response_mask,
+            clip=config.cliprange_value,
+            normalizer=tokens,
+        )
+        (config.vf_coef * value_loss).backward()
+        share = window.tokens / tokens
+        shift = policy_stats["ratio_mean"] - 1
+        part = {
+            "loss/policy_avg": policy_loss.detach(),
+            "loss/value_avg": value_loss.detach(),
+            "policy/entropy_avg": mean_entropy.detach(),
+            "policy/approxkl_avg": policy_stats["approx_kl"] * share,
+            "policy/clipfrac_avg": policy_stats["clip_fraction"] * share,
+            "val/clipfrac_avg": value_stats["clip_fraction"] * share,
+            "val/ratio": policy_stats["ratio_mean"] * share,
+            # About 1, where the mean is: about 0 the difference of squares would lose all digits.
+            "val/ratio_var": (policy_stats["ratio_var"] + shift**2) * share,
+        }
+        totals = {name: totals[name] + value for name, value in part.items()} if totals else part
+    return totals | {"val/ratio_var": totals["val/ratio_var"] - (totals["val/ratio"] - 1) ** 2}
+
+
+def describe(batch: Advantaged, kl_estimator: str) -> dict[str, float]:
+    """What the rollouts of an update were like, under the names of TRL 1.12, over response tokens only."""
+    scored, rollout, mask = batch.scored, batch.scored.rollout, batch.scored.rollout.response_mask
+    penalty = kl_penalty(scored.logprobs, scored.ref_logprobs, estimator=kl_estimator, mask=mask)
+    non_score = -batch.kl_coef * penalty.sum(1).mean()
+    _, value_stats = ppo_value_loss(scored.values, scored.values, batch.returns, mask)
+    means = loop.Means()
+    means.add(
+        {
+            "objective/kl": kl_penalty(scored.logprobs, scored.ref_logprobs, mask=mask).sum(1).mean(),
+            "objective/entropy": -scored.logprobs.sum(1).mean(),
+            "objective/non_score_reward": non_score,
+            "objective/rlhf_reward": scored.scores.mean() + non_score,
+            "objective/scores": scored.scores.mean(),
+            "val/num_eos_tokens": rollout.finished.sum(),
+            "val/explained_var": value_stats["explained_variance"],
+            "response/length": mask.sum(1).double().mean(),
+            "response/eos_rate": rollout.finished.double().mean(),
+        }
+    )
+    return means.take() | {"objective/kl_coef": batch.kl_coef}
+
+
+def adapted(kl_coef: float, kl: float, config: PPOConfig) -> float:
+    """The next KL coefficient: held, or moved towards `kl_target` (arXiv 1909.08593, section 2.2)."""
+    if config.kl_target is None:
+        return kl_coef
+    error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * config.batch_size / config.kl_horizon)

@@ -1,0 +1,244 @@
+"""Stage 2, the reward model: the fine-tuned policy's body under a scalar head learns which of two replies is better.
+
+    loss = - mean over pairs of log sigmoid(r(prompt, chosen) - r(prompt, rejected))        (Bradley and Terry 1952)
+
+r is read at the last token of the reply. The loss fixes r only up to a constant, and its scale follows the number of
+updates; so afterwards the head is rescaled until replies of the fine-tuned policy score with mean 0 and standard
+deviation 1 (arXiv 1909.08593). PPO's KL coefficient and penalties then mean the same for every reward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import reward_pair_loss
+from rlhf_fast.train import loop
+from rlhf_fast.train.checkpoint import claim_output, save_model
+from rlhf_fast.train.config import option, validate
+from rlhf_fast.train.data import DataSummary, Preference, collate, read_preferences, split_heldout
+from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.generate import generate
+from rlhf_fast.train.model import load_policy, reward_from_policy, sequence_scores
+from rlhf_fast.train.record import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SMALLEST_SPREAD = 1e-6
+
+
+@dataclass(frozen=True)
+class RewardConfig(loop.StageConfig):
+    """A reward model from preference pairs; `model` is the directory of the fine-tuned policy."""
+
+    policy: str | None = option(
+        None, "directory of the policy whose replies the scores are normalised on; none: `model`", group="files"
+    )
+    max_prompt_tokens: int = option(
+        512, "longer prompts lose their beginning", minimum=1, source=loop.N_PLUS, group="training"
+    )
+    max_response_tokens: int = option(128, "longer replies lose their end", minimum=1)
+    num_train_epochs: int = option(1, "passes over the pairs; more than one overfits", minimum=1, source=loop.N_PLUS)
+    batch_size: int = option(64, "pairs per update", minimum=1, source=loop.N_PLUS)
+    micro_batch_size: int = option(0, "pairs per forward pass; 0: the whole batch", minimum=0)
+    learning_rate: float = option(3e-6, "peak learning rate", above=0, source=loop.N_PLUS)
+    lr_schedule: str = option("cosine", "how the rate falls to 0", choices=loop.SCHEDULES, source=loop.N_PLUS)
+    warmup_steps: int = option(0, "updates over which the rate rises", minimum=0)
+    weight_decay: float = option(0.01, "decoupled weight decay of AdamW", minimum=0)
+    adam_epsilon: float = option(1e-5, "epsilon of AdamW", above=0, source=loop.N_PLUS)
+    max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this; 0: never", minimum=0)
+    center_coef: float = option(
+        0.0, "weight of (chosen + rejected)^2 in the loss", minimum=0, source="arXiv 2312.09244"
+    )
+    normalize_samples: int = option(
+        256, "policy replies to normalise on; 0: do not", minimum=0, source="arXiv 1909.08593", group="normalisation"
+    )
+    temperature: float = option(0.7, "temperature of these replies: that of PPO", above=0, source=loop.N_PLUS)
+    logging_steps: int = option(10, "updates between two lines of the log", minimum=1, group="log")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a prompt with its better and with its worse reply."""
+
+    chosen: list[int]
+    rejected: list[int]
+
+    def __len__(self) -> int:
+        return max(len(self.chosen), len(self.rejected))
+
+
+def train(config: RewardConfig) -> Path:
+    """Run the stage and return its directory. UserError, before anything is written, if any input is wrong."""
+    validate(config)
+    out = claim_output(config.output_dir)
+    device = loop.pick_device(config.device)
+    rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows)
+    sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
+    order = loop.seed_everything(config.seed)
+    model, tokenizer = reward_from_policy(config.model, dtype=config.dtype, device=device)
+    policy, policy_tokenizer = load_policy(config.policy or config.model, dtype=config.dtype, device=device)
+    if policy_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizers of {config.model} and {config.policy} differ; both have to read the same words"
+        )
+    loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
+    encoder = loop.Encoder(
+        model,
+        tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_response_tokens=config.max_response_tokens,
+    )
+    pairs, heldout = ([encode(encoder, row) for row in side] for side in sides)
+    cut = (encoder.truncated_prompts, encoder.truncated_responses)
+    data = DataSummary(config.data, rows_read, len(rows), len(pairs), len(heldout), bad_rows, *cut)
+
+    lengths = [len(pair) for pair in pairs]
+    epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
+    steps_per_epoch, total_steps = len(epochs[0]), sum(map(len, epochs))
+    schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
+    optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    means, pad_id = loop.Means(), tokenizer.pad_token_id
+    with Stage("reward", config, out, total_steps, model.num_parameters(), device, data.as_dict()) as stage:
+        for step, rows in enumerate((batch for epoch in epochs for batch in epoch), 1):
+            rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
+            parts = [
+                [pairs[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
+            ]
+            stats = accumulate_gradient(model, parts, pad_id, center_coef=config.center_coef)
+            norms = loop.clip_and_step(
+                optimizer,
+                {"model": model},
+                {"loss": stats["loss"]},
+                rate=rate,
+                max_grad_norm=config.max_grad_norm,
+                where=f"reward step {step}",
+            )
+            means.add(stats | {"grad_norm": norms["model"]})
+            last_of_epoch = step % steps_per_epoch == 0
+            if step % config.logging_steps == 0 or last_of_epoch:
+                metrics = means.take() | {"learning_rate": rate, "epoch": step / steps_per_epoch}
+                if last_of_epoch and heldout:
+                    metrics |= evaluate(model, heldout, pad_id, config.batch_size)
+                stage.log(step, metrics, show=("loss", "accuracy", "eval_accuracy"))
+        results = summary(model, pairs, heldout, pad_id, config.batch_size)
+        if config.normalize_samples:
+            prompts = [encoder.prompt(row.prompt) for row in sides[0]]
+            replies = sample_replies(policy, tokenizer, prompts, order, config)
+            results |= normalize_head(model, replies, pad_id, config.batch_size)
+        save_model(out, model, tokenizer)
+        stage.finish(results)
+    return out
+
+
+def encode(encoder: loop.Encoder, row: Preference) -> Pair:
+    prompt = encoder.prompt(row.prompt)
+    return Pair(prompt + encoder.response(row.chosen), prompt + encoder.response(row.rejected))
+
+
+def accumulate_gradient(
+    model: PreTrainedModel, parts: Sequence[Sequence[Pair]], pad_id: int, *, center_coef: float
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss over all pairs of a batch, given in parts -> its loss and statistics."""
+    count = sum(map(len, parts))
+    rows = []
+    for part in parts:
+        chosen, rejected = score(
+            [pair.chosen for pair in part] + [pair.rejected for pair in part], model, pad_id
+        ).chunk(2)
+        loss, stats = reward_pair_loss(chosen, rejected, center_coef=center_coef)
+        (loss * (len(part) / count)).backward()
+        rows.append(stats | {"loss": loss.detach()})
+    weights = torch.tensor([len(part) / count for part in parts], device=model.device)
+    mean = {name: (torch.stack([row[name] for row in rows]) * weights).sum() for name in rows[0]}
+    return {
+        "loss": mean["loss"],
+        "accuracy": mean["accuracy"],
+        "margin": mean["margin"],
+        "mean_reward": (mean["chosen_mean"] + mean["rejected_mean"]) / 2,
+        "min_reward": torch.stack([row["reward_min"] for row in rows]).min(),
+        "max_reward": torch.stack([row["reward_max"] for row in rows]).max(),
+    }
+
+
+def score(sequences: Sequence[list[int]], model: PreTrainedModel, pad_id: int) -> Tensor:
+    ids, mask = collate(sequences, pad_id, side="right")
+    return sequence_scores(model, ids.to(model.device), mask.to(model.device))
+
+
+@torch.inference_mode()
+def score_all(model: PreTrainedModel, sequences: Sequence[list[int]], pad_id: int, batch_size: int) -> Tensor:
+    """Scores of any number of sequences -> [B] on the CPU, in their order."""
+    scores = torch.empty(len(sequences), dtype=torch.float64)
+    for rows in loop.length_batches([len(ids) for ids in sequences], batch_size, generator=None):
+        scores[rows] = score([sequences[row] for row in rows], model, pad_id).double().cpu()
+    return scores
+
+
+def evaluate(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, batch_size: int) -> dict[str, float]:
+    """Loss, and share of pairs in the right order; a tie counts half."""
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    chosen, rejected = score_all(model, sequences, pad_id, 2 * batch_size).chunk(2)
+    loss, stats = reward_pair_loss(chosen, rejected)
+    return {"eval_loss": loss.item(), "eval_accuracy": stats["accuracy"].item()}
+
+
+def summary(
+    model: PreTrainedModel, pairs: Sequence[Pair], heldout: Sequence[Pair], pad_id: int, batch_size: int
+) -> dict[str, float | int]:
+    """Accuracy on held-out pairs with its 95 % interval, and on as many training pairs, to see overfitting."""
+    seen = pairs[: len(heldout) or batch_size]
+    results = {"train_accuracy": evaluate(model, seen, pad_id, batch_size)["eval_accuracy"], "eval_pairs": len(heldout)}
+    if heldout:
+        accuracy = evaluate(model, heldout, pad_id, batch_size)["eval_accuracy"]
+        low, high = loop.wilson_interval(accuracy * len(heldout), len(heldout))
+        results |= {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    return results
+
+
+def sample_replies(
+    policy: PreTrainedModel,
+    tokenizer: object,
+    prompts: Sequence[list[int]],
+    order: torch.Generator,
+    config: RewardConfig,
+) -> list[list[int]]:
+    """Prompts drawn at random from `prompts`, each with a reply of the policy, as token ids."""
+    rows = torch.randint(len(prompts), (config.normalize_samples,), generator=order).tolist()
+    completions = generate(
+        policy,
+        tokenizer,
+        [prompts[row] for row in rows],
+        max_new_tokens=config.max_response_tokens,
+        temperature=config.temperature,
+        batch_size=2 * config.batch_size,
+    )
+    lengths = completions.response_mask.sum(1).tolist()
+    replies = zip(rows, completions.response_ids.tolist(), lengths, strict=True)
+    return [prompts[row] + ids[:length] for row, ids, length in replies]
+
+
+def normalize_head(
+    model: PreTrainedModel, sequences: Sequence[list[int]], pad_id: int, batch_size: int
+) -> dict[str, float]:
+    """Fold (r - mean) / std over `sequences` into the head's weight and bias -> what mean and std were.
+
+    UserError if the model scores all of them the same: it has learnt nothing that PPO could use.
+    """
+    scores = score_all(model, sequences, pad_id, batch_size)
+    mean, std = scores.mean().item(), scores.std().item()
+    if not std > SMALLEST_SPREAD:
+        raise UserError(
+            f"the reward model gives all {len(sequences)} sampled replies the same score ({mean:.4g}); "
+            "train it longer or on pairs that differ"
+        )
+    with torch.no_grad():
+        model.score.weight /= std
+        model.score.bias.sub_(mean).div_(std)
+    return {"normalize_mean": mean, "normalize_std": std}

@@ -1,0 +1,212 @@
+"""Experience for PPO, in three frozen steps: Rollout (what was said) -> Scored (under every model) -> Advantaged.
+
+    R_t = -kl_coef * KL_t, plus the reply's score at its last token
+    A_t = sum_l (gamma lam)^l (R_{t+l} + gamma V_{t+l+1} - V_{t+l})            GAE, Schulman et al. 2015, eq. 16
+
+Letters: B rollouts, C prompt tokens (left-padded), T response tokens (right-padded), S = C + T. Models see a few rows
+at a time, cut to the columns that hold their tokens; nothing here depends on how many, or on the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import gae, masked_whiten, shape_rewards
+from rlhf_fast.train import loop
+from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.generate import Sample, generate
+from rlhf_fast.train.model import response_logprobs, sequence_scores, token_values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RewardFunction = Callable[[list[Sample]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Models:
+    """What takes part: `policy` and `value` are trained, `reference` stays; `reward` is a model or any function."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    value: PreTrainedModel
+    reward: PreTrainedModel | RewardFunction
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some rows of a rollout, the columns of S and of T that hold their tokens, and the number of response tokens."""
+
+    rows: Tensor  # int64 [b]
+    both: slice
+    response: slice
+    tokens: int
+
+    @property
+    def response_length(self) -> int:
+        return self.response.stop
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B prompts and the policy's replies; the lengths count the tokens of each row on the host."""
+
+    samples: list[Sample]
+    ids: Tensor  # int64 [B, S]
+    mask: Tensor  # bool [B, S], real tokens
+    response_mask: Tensor  # bool [B, T], up to and including the end token
+    finished: Tensor  # bool [B], the reply ended by itself
+    query_lengths: list[int]
+    response_lengths: list[int]
+
+    def windows(self, rows: Sequence[int], micro_batch_size: int) -> Iterator[Window]:
+        """`rows` in parts of similar length, at most `micro_batch_size` each (0: one part)."""
+        lengths = [query + response for query, response in zip(self.query_lengths, self.response_lengths, strict=True)]
+        width = self.ids.shape[1] - self.response_mask.shape[1]
+        for part in loop.micro_batches(rows, lengths, micro_batch_size):
+            query = max(self.query_lengths[row] for row in part)
+            response = max(self.response_lengths[row] for row in part)
+            index = torch.tensor(part, device=self.ids.device)
+            tokens = sum(self.response_lengths[row] for row in part)
+            yield Window(index, slice(width - query, width + response), slice(0, response), tokens)
+
+    def inputs(self, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids, mask, response_mask) of a window."""
+        rows, both = window.rows, window.both
+        return self.ids[rows, both], self.mask[rows, both], self.response_mask[rows, window.response]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout under every model, before any update. Per token, and 0 off the response mask, except `scores`."""
+
+    rollout: Rollout
+    scores: Tensor  # [B], after the penalty for a missing end
+    logprobs: Tensor  # [B, T]
+    ref_logprobs: Tensor  # [B, T]
+    values: Tensor  # [B, T], of the state before each token
+
+
+@dataclass(frozen=True)
+class Advantaged:
+    """What the update needs, 0 off the response mask."""
+
+    scored: Scored
+    kl_coef: float
+    advantages: Tensor  # [B, T], whitened if that was asked for
+    returns: Tensor  # [B, T], advantages before whitening plus values
+
+
+def roll_out(
+    models: Models,
+    prompts: Sequence[str],
+    queries: Sequence[list[int]],
+    *,
+    response_length: int,
+    temperature: float,
+) -> Rollout:
+    """One reply of the policy to each of `prompts`, whose token ids are `queries`."""
+    completions = generate(
+        models.policy,
+        models.tokenizer,
+        queries,
+        max_new_tokens=response_length,
+        temperature=temperature,
+        batch_size=len(queries),
+    )
+    finished = completions.finished.tolist()
+    samples = map(Sample, prompts, completions.texts(models.tokenizer), finished)
+    return Rollout(
+        samples=list(samples),
+        ids=torch.cat([completions.query_ids, completions.response_ids], 1),
+        mask=torch.cat([completions.query_mask, completions.response_mask], 1),
+        response_mask=completions.response_mask,
+        finished=completions.finished,
+        query_lengths=[len(query) for query in queries],
+        response_lengths=completions.response_mask.sum(1).tolist(),
+    )
+
+
+@torch.no_grad()
+def score(
+    rollout: Rollout,
+    models: Models,
+    *,
+    temperature: float,
+    missing_eos: str,
+    missing_eos_penalty: float,
+    micro_batch_size: int,
+) -> Scored:
+    """Score the replies and weigh each of their tokens, `micro_batch_size` rows at a time (0: all at once).
+
+    missing_eos: a reply without an end scores -missing_eos_penalty ("replace"), that much less ("subtract"), or what
+    the reward says ("none").
+    """
+    wide = torch.promote_types(models.policy.dtype, torch.float32)
+    logprobs, ref_logprobs, values = (rollout.ids.new_zeros(rollout.response_mask.shape, dtype=wide) for _ in range(3))
+    scores = rollout.ids.new_zeros(len(rollout.ids), dtype=wide)
+    for window in rollout.windows(range(len(rollout.ids)), micro_batch_size):
+        ids, mask, response_mask = rollout.inputs(window)
+        place, length = (window.rows, window.response), window.response_length
+        scale = {"temperature": temperature, "response_mask": response_mask}
+        logprobs[place] = response_logprobs(models.policy, ids, mask, length, **scale)
+        ref_logprobs[place] = response_logprobs(models.reference, ids, mask, length, **scale)
+        values[place] = token_values(models.value, ids, mask, length) * response_mask
+        if isinstance(models.reward, torch.nn.Module):
+            scores[window.rows] = sequence_scores(models.reward, ids, mask)
+    if not isinstance(models.reward, torch.nn.Module):
+        scores = call_reward(models.reward, rollout.samples).to(scores)
+    if missing_eos == "replace":
+        scores = scores.masked_fill(~rollout.finished, -missing_eos_penalty)
+    elif missing_eos == "subtract":
+        scores = torch.where(rollout.finished, scores, scores - missing_eos_penalty)
+    return Scored(rollout, scores, logprobs, ref_logprobs, values)
+
+
+def call_reward(reward: RewardFunction, samples: list[Sample]) -> Tensor:
+    """Scores [B] of a user's reward function. UserError unless it gives one finite number for each sample."""
+    scores = torch.tensor([float(value) for value in reward(samples)], dtype=torch.float64)
+    if len(scores) != len(samples):
+        raise UserError(
+            f"the reward function gave {len(scores)} scores for {len(samples)} replies; it must give one each"
+        )
+    if not scores.isfinite().all():
+        worst = samples[int((~scores.isfinite()).nonzero()[0])]
+        raise UserError(f"the reward function gave a score that is not finite for the reply {worst.response[:60]!r}")
+    return scores
+
+
+def advantage(
+    scored: Scored,
+    *,
+    kl_coef: float,
+    kl_estimator: str,
+    score_clip: float | None,
+    gamma: float,
+    lam: float,
+    whiten_rewards: bool,
+    whiten_advantages: bool,
+) -> Advantaged:
+    """Rewards per token, then advantages and returns. Whitened advantages use the biased variance, as N+ does."""
+    mask = scored.rollout.response_mask
+    rewards = shape_rewards(
+        scored.scores,
+        scored.logprobs,
+        scored.ref_logprobs,
+        mask,
+        kl_coef=kl_coef,
+        estimator=kl_estimator,
+        score_clip=score_clip,
+    )
+    if whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, scored.values, mask, gamma=gamma, lam=lam)
+    if whiten_advantages:
+        advantages = masked_whiten(advantages, mask, unbiased=False)
+    return Advantaged(scored, kl_coef, advantages, returns)

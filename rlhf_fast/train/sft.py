@@ -1,0 +1,156 @@
+"""Stage 1, supervised fine-tuning: the model learns to give the demonstrated replies.
+
+    loss = - mean over reply tokens y_t (the end token among them) of log p(y_t | prompt, y_<t)
+
+The prompt is read but, unless `train_on_prompt`, not learnt. Every learnt token of a batch counts the same, whatever
+micro-batch it stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.train import loop
+from rlhf_fast.train.checkpoint import claim_output, save_model
+from rlhf_fast.train.config import option, validate
+from rlhf_fast.train.data import DataSummary, collate, read_demonstrations, split_heldout
+from rlhf_fast.train.generate import generation_config
+from rlhf_fast.train.model import load_policy, response_logprobs
+from rlhf_fast.train.record import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class SFTConfig(loop.StageConfig):
+    """Supervised fine-tuning on demonstrations, or on the chosen replies of preference pairs."""
+
+    max_prompt_tokens: int = option(
+        512, "longer prompts lose their beginning", minimum=1, source=loop.N_PLUS, group="training"
+    )
+    max_response_tokens: int = option(128, "longer replies lose their end", minimum=1)
+    train_on_prompt: bool = option(
+        False, "learn the prompt as well as the reply; better where data is scarce", source="arXiv 2405.14394"
+    )
+    num_train_epochs: int = option(1, "passes over the data", minimum=1, source=loop.N_PLUS)
+    batch_size: int = option(64, "demonstrations per update", minimum=1)
+    micro_batch_size: int = option(0, "demonstrations per forward pass; 0: the whole batch", minimum=0)
+    learning_rate: float = option(1e-5, "peak learning rate", above=0)
+    lr_schedule: str = option("linear", "how the rate falls to 0", choices=loop.SCHEDULES)
+    warmup_steps: int = option(0, "updates over which the rate rises", minimum=0)
+    weight_decay: float = option(0.01, "decoupled weight decay of AdamW", minimum=0)
+    adam_epsilon: float = option(1e-5, "epsilon of AdamW", above=0, source=loop.N_PLUS)
+    max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this; 0: never", minimum=0)
+    logging_steps: int = option(10, "updates between two lines of the log", minimum=1)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and its reply; what is learnt begins at `start`."""
+
+    ids: list[int]
+    start: int
+
+
+def train(config: SFTConfig) -> Path:
+    """Run the stage and return its directory. UserError, before anything is written, if any input is wrong."""
+    validate(config)
+    out = claim_output(config.output_dir)
+    device = loop.pick_device(config.device)
+    rows, bad_rows, rows_read = read_demonstrations(config.data, bad_rows=config.bad_rows)
+    sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
+    order = loop.seed_everything(config.seed)
+    model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
+    loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
+    encoder = loop.Encoder(
+        model,
+        tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_response_tokens=config.max_response_tokens,
+    )
+    examples, heldout = ([encode(encoder, row.prompt, row.response) for row in side] for side in sides)
+    if config.train_on_prompt:
+        # The first token follows nothing, so there is no probability of it to learn.
+        examples = [Example(example.ids, start=1) for example in examples]
+    cut = (encoder.truncated_prompts, encoder.truncated_responses)
+    data = DataSummary(config.data, rows_read, len(rows), len(examples), len(heldout), bad_rows, *cut)
+
+    lengths = [len(example.ids) for example in examples]
+    epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
+    steps_per_epoch, total_steps = len(epochs[0]), sum(map(len, epochs))
+    schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
+    optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    means, tokens, results = loop.Means(), 0, {}
+    with Stage("sft", config, out, total_steps, model.num_parameters(), device, data.as_dict()) as stage:
+        for step, rows in enumerate((batch for epoch in epochs for batch in epoch), 1):
+            rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
+            parts = [
+                [examples[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
+            ]
+            losses = accumulate_gradient(model, parts, tokenizer.pad_token_id)
+            norms = loop.clip_and_step(
+                optimizer,
+                {"model": model},
+                losses,
+                rate=rate,
+                max_grad_norm=config.max_grad_norm,
+                where=f"sft step {step}",
+            )
+            means.add(losses | {"grad_norm": norms["model"]})
+            tokens += sum(lengths[row] for row in rows)
+            last_of_epoch = step % steps_per_epoch == 0
+            if step % config.logging_steps == 0 or last_of_epoch:
+                metrics = means.take() | {"learning_rate": rate, "num_tokens": tokens, "epoch": step / steps_per_epoch}
+                metrics["tokens_per_second"] = tokens / stage.seconds
+                if last_of_epoch and heldout:
+                    metrics["eval_loss"] = evaluate(model, heldout, tokenizer.pad_token_id, config.batch_size)
+                stage.log(step, metrics, show=("loss", "eval_loss"))
+                results |= metrics
+        model.generation_config = generation_config(tokenizer, config.max_response_tokens, temperature=1.0)
+        save_model(out, model, tokenizer)
+        stage.finish(results)
+    return out
+
+
+def encode(encoder: loop.Encoder, prompt: str, response: str) -> Example:
+    prompt_ids = encoder.prompt(prompt)
+    return Example(prompt_ids + encoder.response(response), start=len(prompt_ids))
+
+
+def accumulate_gradient(model: PreTrainedModel, parts: Sequence[Sequence[Example]], pad_id: int) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss over all reply tokens of a batch, given in parts -> its loss and entropy."""
+    normalizer = sum(len(example.ids) - example.start for part in parts for example in part)
+    loss = entropy = torch.zeros((), device=model.device)
+    for part in parts:
+        logprobs, entropies = reply_logprobs(model, part, pad_id)
+        part_loss = -logprobs.sum() / normalizer
+        part_loss.backward()
+        loss = loss + part_loss.detach()
+        entropy = entropy + entropies.detach().sum() / normalizer
+    return {"loss": loss, "entropy": entropy}
+
+
+@torch.inference_mode()
+def evaluate(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int) -> float:
+    """Mean loss over all reply tokens of `examples`, in nats per token."""
+    total = torch.zeros((), device=model.device, dtype=torch.float64)
+    for rows in loop.length_batches([len(example.ids) for example in examples], batch_size, generator=None):
+        total -= reply_logprobs(model, [examples[row] for row in rows], pad_id)[0].sum()
+    return (total / sum(len(example.ids) - example.start for example in examples)).item()
+
+
+def reply_logprobs(model: PreTrainedModel, examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [B, T] of the last T columns, which hold all replies; 0 where there is no reply."""
+    ids, mask = (x.to(model.device) for x in collate([example.ids for example in examples], pad_id, side="right"))
+    starts = torch.tensor([example.start for example in examples], device=model.device)
+    first = min(example.start for example in examples)
+    columns = torch.arange(first, ids.shape[1], device=model.device)
+    response_mask = mask[:, first:] & (columns >= starts[:, None])
+    return response_logprobs(model, ids, mask, len(columns), response_mask=response_mask, with_entropy=True)

@@ -1,0 +1,111 @@
+"""The demo's plumbing on a fraction of its data; its quality at full size is the business of `rlhf-fast demo`."""
+
+import json
+
+import pytest
+
+from rlhf_fast import demo
+from rlhf_fast.demo import (
+    DemoConfig,
+    build_model,
+    build_tokenizer,
+    run_demo,
+    settings,
+    write_demonstrations,
+    write_pairs,
+)
+from rlhf_fast.demo.world import GroundTruth, all_prompts, judge, vocabulary
+from rlhf_fast.train import sft
+from rlhf_fast.train.checkpoint import save_model
+from rlhf_fast.train.data import encode_prompt, encode_response, read_demonstrations, read_preferences
+from rlhf_fast.train.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A policy that has learnt the grammar's beginnings: two hundred updates are enough to differ between replies."""
+    root = tmp_path_factory.mktemp("policy")
+    data = write_demonstrations(root / "demonstrations.jsonl", seed=0, count=1500)
+    tokenizer = build_tokenizer()
+    save_model(root / "base", build_model(tokenizer, seed=0), tokenizer)
+    options = demo.SFT | {"num_train_epochs": 2}
+    return sft.train(
+        sft.SFTConfig(model=str(root / "base"), data=str(data), output_dir=str(root / "sft"), threads=1, **options)
+    )
+
+
+def test_every_word_is_one_token_and_survives():
+    tokenizer = build_tokenizer()
+    assert len(tokenizer) == len(vocabulary()) + 4
+    text = all_prompts()[77]
+    ids = encode_prompt(tokenizer, text, 64)
+    assert len(ids) == 1 + len(text.split()) and ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:]) == text
+    reply = "the cat was small . everyone was happy ."
+    assert encode_response(tokenizer, reply, 64)[-1] == tokenizer.eos_token_id
+    assert tokenizer.unk_token_id not in tokenizer.encode(" ".join(vocabulary()))
+
+
+def test_the_model_is_small_and_decided_by_the_seed():
+    models = [build_model(build_tokenizer(), seed=seed) for seed in (1, 1, 2)]
+    assert models[0].num_parameters() == 110_080
+    weights = [model.transformer.h[0].mlp.c_fc.weight for model in models]
+    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
+
+
+def test_demonstrations_are_decided_by_the_seed_and_readable(tmp_path):
+    paths = [write_demonstrations(tmp_path / str(i), seed=seed, count=50) for i, seed in enumerate((4, 4, 5))]
+    texts = [path.read_text() for path in paths]
+    assert texts[0] == texts[1] != texts[2]
+    rows, bad, read = read_demonstrations(paths[0])
+    assert len(rows) == read == 50 and not bad
+
+
+def test_pairs_are_replies_of_the_policy_ordered_by_annotators_with_noise(policy, tmp_path):
+    first, second = (write_pairs(tmp_path / name, policy, seed=3, count=400) for name in "ab")
+    assert first.read_text() == second.read_text()
+    rows, _, _ = read_preferences(first)
+    assert 300 < len(rows) <= 400
+    gaps = [
+        judge(row.prompt, row.chosen, finished=True).score - judge(row.prompt, row.rejected, finished=True).score
+        for row in rows
+    ]
+    decided = [gap > 0 for gap in gaps if gap]
+    assert 0.75 < sum(decided) / len(decided) < 1
+
+
+def test_the_settings_are_a_valid_run_on_one_thread(tmp_path):
+    config = settings(tmp_path, seed=9)
+    assert (config.seed, config.threads, config.eval_prompts) == (9, 1, 512)
+    assert config.ppo.temperature == config.reward.temperature and config.ppo.response_length == demo.REPLY_TOKENS
+
+
+def test_a_small_demo_leaves_everything_a_run_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "DEMONSTRATIONS", 400)
+    monkeypatch.setattr(demo, "PAIRS", 200)
+    monkeypatch.setattr(demo, "SFT", demo.SFT | {"num_train_epochs": 1})
+    monkeypatch.setattr(demo, "REWARD", demo.REWARD | {"num_train_epochs": 1, "normalize_samples": 32})
+    monkeypatch.setattr(demo, "PPO", demo.PPO | {"total_episodes": 64, "batch_size": 32})
+    monkeypatch.setattr(demo, "SHARED", demo.SHARED | {"eval_prompts": 30})
+    out = run_demo(DemoConfig(output_dir=str(tmp_path / "demo"), seed=1))
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "demonstrations.jsonl",
+        "pairs.jsonl",
+        "base",
+        "sft",
+        "reward",
+        "ppo",
+        "config.yaml",
+        "report.html",
+    }
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["judge"] == GroundTruth.name and not evaluation["judge_is_training_reward"]
+    assert evaluation["pairs"] == 30 and 0 <= evaluation["low"] <= evaluation["win_rate"] <= evaluation["high"] <= 1
+
+
+def test_a_directory_in_use_is_refused_and_kept(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(UserError, match="already holds files"):
+        run_demo(DemoConfig(output_dir=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
