@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,7 +149,7 @@ def _load_scalar(directory: str | Path, kind: str, *, dtype: str, new: tuple[str
 def _load(
     auto: Any, name_or_dir: str | Path, kind: str, *, dtype: str, new: tuple[str, ...] = (), **config: Any
 ) -> tuple[Any, Any]:
-    """Model and tokenizer, checked against each other. `new`: weights that the files need not have."""
+    """Model and tokenizer, checked against each other; the files need not have the weights `new`."""
     from safetensors import SafetensorError
 
     tokenizer = _load_tokenizer(name_or_dir)
@@ -218,8 +217,8 @@ def _add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
 def _stored_bias(directory: str | Path) -> Tensor:
     from safetensors import safe_open
 
-    for file in sorted(Path(directory).glob("*.safetensors")):
-        with safe_open(os.fspath(file), framework="pt") as tensors:
+    for file in Path(directory).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
             if HEAD_BIAS in set(tensors.keys()):
                 return tensors.get_tensor(HEAD_BIAS)
     return torch.zeros(1)

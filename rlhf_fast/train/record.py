@@ -48,7 +48,7 @@ class RunLog:
 
 
 class Progress:
-    """A bar with steps a second and time left on a terminal; elsewhere a line at the start, at the end, now and then."""
+    """A bar with speed and time left on a terminal; elsewhere a line at the start, at the end and now and then."""
 
     def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
         self._title, self._total, self._stream = title, total, stream or sys.stderr
