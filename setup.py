@@ -59,14 +59,31 @@ def cuda_build(nvcc):
     for architecture in architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d+[af]?", number):
-            sys.exit(f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; it takes compute capabilities such as 9.0 or 12.0+PTX")
+            sys.exit(
+                f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; it takes compute capabilities such as 9.0 or 12.0+PTX"
+            )
         code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
         gencode.append(f"-gencode=arch=compute_{number},code={code}")
     return {
         "architectures": architectures,
-        "compile": ["-DUSE_CUDA", "--threads=0", "--compress-mode=size", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", *gencode],
+        "compile": [
+            "-DUSE_CUDA",
+            "--threads=0",
+            "--compress-mode=size",
+            "--expt-relaxed-constexpr",
+            "-Xcompiler=-fvisibility=hidden",
+            *gencode,
+        ],
         # The CUDA runtime is static: a shared one ties the library to torch's CUDA major version.
-        "link": ["-Wl,-Bstatic", "-lcudart_static", "-Wl,-Bdynamic", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"],
+        "link": [
+            "-Wl,-Bstatic",
+            "-lcudart_static",
+            "-Wl,-Bdynamic",
+            "-lrt",
+            "-ldl",
+            "-lpthread",
+            "-Wl,--exclude-libs,ALL",
+        ],
         "include": [f"{home}/include"],
         "library": [f"{home}/lib64", f"{home}/lib"],
     }
@@ -123,7 +140,11 @@ def extension():
         sources.append("csrc/ops_cuda.cu")
         flags["nvcc"] = [*COMMON_FLAGS, *cuda["compile"]]
     generated = ROOT / "build" / "generated"
-    write_config(generated, first_line([nvcc, "--version"], r"release ([\d.]+)") if wanted == "1" else None, cuda["architectures"])
+    write_config(
+        generated,
+        first_line([nvcc, "--version"], r"release ([\d.]+)") if wanted == "1" else None,
+        cuda["architectures"],
+    )
     return cpp_extension.CppExtension(
         "rlhf_fast._C",
         sources,
@@ -131,7 +152,8 @@ def extension():
         include_dirs=[pybind11.get_include(), str(generated), *cuda["include"]],
         library_dirs=cuda["library"],
         extra_compile_args=flags,
-        # libtorch.so must be among the needed libraries: otherwise the weak CUDA stream symbol stays unbound in CUDA builds of torch.
+        # libtorch.so must be among the needed libraries: otherwise the weak CUDA stream symbol stays unbound in CUDA builds
+        # of torch.
         extra_link_args=[*cuda["link"], "-Wl,--no-as-needed", "-ltorch", "-Wl,--strip-all"],
     )
 

@@ -30,6 +30,8 @@ SHAPE = {
 SIZES = ((4, 16), (512, 1024))
 
 
-@rows([case(name, who, b, t) for name, who in (("KL penalty k3", PENALTY), ("shaped rewards", SHAPE)) for b, t in SIZES])
+@rows(
+    [case(name, who, b, t) for name, who in (("KL penalty k3", PENALTY), ("shaped rewards", SHAPE)) for b, t in SIZES]
+)
 def bench_kl(benchmark, case, who):
     run(benchmark, case, who)

@@ -6,7 +6,11 @@ from bench.common import Case, backward, rows, run
 from rlhf_fast import gather_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = [(4, 16, 82), (8, 64, 32_000), (1, 1024, 50_257)] if DEVICE == "cpu" else [(4, 16, 82), (1, 8192, 50_257), (1, 8192, 151_936)]
+SIZES = (
+    [(4, 16, 82), (8, 64, 32_000), (1, 1024, 50_257)]
+    if DEVICE == "cpu"
+    else [(4, 16, 82), (1, 8192, 50_257), (1, 8192, 151_936)]
+)
 
 
 def eager(logits, labels):
@@ -37,7 +41,13 @@ for size in SIZES:
         CASES += [
             case("logprobs", size, dtype, {"rlhf_fast": gather_logprobs, "eager": eager}, 1),
             case("logprobs + entropy", size, dtype, both, 1),
-            case("logprobs, forward + backward", size, dtype, {"rlhf_fast": backward(gather_logprobs), "eager": backward(eager)}, 3),
+            case(
+                "logprobs, forward + backward",
+                size,
+                dtype,
+                {"rlhf_fast": backward(gather_logprobs), "eager": backward(eager)},
+                3,
+            ),
         ]
 
 

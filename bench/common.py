@@ -58,7 +58,9 @@ def run(benchmark, case: Case, who: str) -> None:
     sets = [first, *(case.inputs(generator) for _ in range(min(15, ROTATE_BYTES // max(size, 1))))]
     turn = itertools.cycle(sets)
     benchmark.group = case.id
-    benchmark.extra_info.update(case=case.name, size=case.size, who=who, bytes=case.bytes_moved, threads=torch.get_num_threads())
+    benchmark.extra_info.update(
+        case=case.name, size=case.size, who=who, bytes=case.bytes_moved, threads=torch.get_num_threads()
+    )
 
     def call():
         function(*next(turn))

@@ -42,7 +42,8 @@ def ratios(benchmarks: list[dict]) -> list[dict]:
 def render(table: list[dict]) -> str:
     lines = ["| case | size | peer | ratio | spread | GB/s |", "| --- | --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {r['case']} | {r['size']} | {r['peer']} | {r['ratio']:.1f}x | {r['low']:.1f}-{r['high']:.1f} | {r['gb_s']:.1f} |" for r in table
+        f"| {r['case']} | {r['size']} | {r['peer']} | {r['ratio']:.1f}x | {r['low']:.1f}-{r['high']:.1f} | {r['gb_s']:.1f} |"
+        for r in table
     ]
     return "\n".join(lines)
 
@@ -52,7 +53,10 @@ def main(path: str) -> None:
     machine = result["machine_info"]
     info = rlhf_fast.build_info()
     threads = {row["extra_info"]["threads"] for row in result["benchmarks"]}
-    print(f"{machine['cpu'].get('brand_raw', machine['machine'])}, {sorted(threads)} threads, torch {info['torch']}, {info['cpu_level']}")
+    print(
+        f"{machine['cpu'].get('brand_raw', machine['machine'])}, {sorted(threads)} threads, "
+        f"torch {info['torch']}, {info['cpu_level']}"
+    )
     print(f"commit {result['commit_info']['id'][:12]}{' (dirty)' if result['commit_info']['dirty'] else ''}\n")
     print(render(ratios(result["benchmarks"])))
 

@@ -3,7 +3,9 @@
 import torch  # before _C, which finds libtorch through it
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-    raise ImportError(f"rlhf_fast needs torch 2.10 or later, and this is torch {torch.__version__}: pip install -U torch")
+    raise ImportError(
+        f"rlhf_fast needs torch 2.10 or later, and this is torch {torch.__version__}: pip install -U torch"
+    )
 try:
     from rlhf_fast import _C
 except ImportError as error:

@@ -56,7 +56,9 @@ def draw_mask(rng: random.Random, shape, weights=True) -> Tensor:
     if len(shape) == 2 and shape[0] and rng.random() < 0.3:
         keep[rng.randrange(shape[0])] = False
     if weights and rng.random() < 0.2:
-        return keep * torch.rand(shape, generator=generator).to(rng.choice([torch.float32, torch.float64, torch.bfloat16]))
+        return keep * torch.rand(shape, generator=generator).to(
+            rng.choice([torch.float32, torch.float64, torch.bfloat16])
+        )
     return keep.to(rng.choice([torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32]))
 
 
@@ -118,7 +120,11 @@ def draw_gather_logprobs(rng: random.Random) -> Call:
 
 def draw_pair_of_logprobs(rng, shape, dtype):
     logprobs = -randn(rng, *shape, dtype=dtype).abs() * rng.choice([0.1, 1.0, 10.0])
-    other = logprobs.clone() if rng.random() < 0.2 else logprobs + randn(rng, *shape, scale=rng.choice([0.01, 0.3, 3.0, 15.0]), dtype=dtype)
+    other = (
+        logprobs.clone()
+        if rng.random() < 0.2
+        else logprobs + randn(rng, *shape, scale=rng.choice([0.01, 0.3, 3.0, 15.0]), dtype=dtype)
+    )
     return restride(rng, logprobs), restride(rng, other)
 
 
@@ -164,10 +170,14 @@ def draw_gae(rng: random.Random) -> Call:
     if rng.random() < 0.3:
         kwargs["bootstrap"] = randn(rng, rows, dtype=dtype)
     if rng.random() < 0.3:
-        kwargs["lam"] = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
+        kwargs["lam"] = torch.rand(
+            rows, dtype=torch.float64, generator=torch.Generator().manual_seed(rng.getrandbits(40))
+        )
     if rng.random() < 0.3:
         kwargs["returns_lam"] = rng.choice([1.0, 0.3])
-    return Call((restride(rng, randn(rng, *shape, dtype=dtype)), restride(rng, randn(rng, *shape, dtype=dtype))), kwargs)
+    return Call(
+        (restride(rng, randn(rng, *shape, dtype=dtype)), restride(rng, randn(rng, *shape, dtype=dtype))), kwargs
+    )
 
 
 def draw_masked_mean(rng: random.Random) -> Call:
@@ -187,7 +197,9 @@ def draw_aggregate(rng: random.Random) -> dict:
     kwargs = {"aggregate": rng.choice(AGGREGATES)}
     if rng.random() < 0.4:
         count = rng.choice([1, 17, 1000])
-        kwargs["normalizer"] = rng.choice([count, torch.tensor(count), torch.tensor(float(count)), torch.tensor([count], dtype=torch.int32)])
+        kwargs["normalizer"] = rng.choice(
+            [count, torch.tensor(count), torch.tensor(float(count)), torch.tensor([count], dtype=torch.int32)]
+        )
     return kwargs
 
 
@@ -253,7 +265,9 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> f
     largest = torch.finfo(actual.dtype).max
     expected = torch.where(expected.abs() > largest, expected.sign() * math.inf, expected)
     for name, where in (("NaN", torch.isnan), ("inf", torch.isinf)):
-        assert torch.equal(where(actual64), where(expected)), f"{what}: {name} in different places\n{actual64}\n{expected}"
+        assert torch.equal(where(actual64), where(expected)), (
+            f"{what}: {name} in different places\n{actual64}\n{expected}"
+        )
     finite = torch.isfinite(expected)
     error = (actual64 - expected)[finite].abs() / expected[finite].abs().clamp(min=1.0) / EPS[actual.dtype]
     worst = error.max().item() if error.numel() else 0.0
@@ -264,8 +278,11 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> f
 
 
 def is_input(op: str, index: int | str, value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and index not in ("mask", "temperature", "lam", "normalizer") and not (
-        (op in ("masked_mean", "masked_whiten") and index == 1) or (op == "shape_rewards" and index == 3)
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and index not in ("mask", "temperature", "lam", "normalizer")
+        and not ((op in ("masked_mean", "masked_whiten") and index == 1) or (op == "shape_rewards" and index == 3))
     )
 
 
@@ -292,7 +309,13 @@ def check(name: str, call: Call, device: str, gradients: bool = True) -> float:
     expected, leaves64 = run(op.reference, lambda t: t.double() if t.is_floating_point() else t)
     # Whitened advantages are rounded twice: as advantages, and once whitened.
     units = 4.0 if call.kwargs.get("whiten") else op.units
-    worst = max((assert_close(f"{name} output {i}", a, e, units) for i, (a, e) in enumerate(zip(actual, expected, strict=True))), default=0.0)
+    worst = max(
+        (
+            assert_close(f"{name} output {i}", a, e, units)
+            for i, (a, e) in enumerate(zip(actual, expected, strict=True))
+        ),
+        default=0.0,
+    )
     outputs = [(a, e) for a, e in zip(actual, expected, strict=True) if a.requires_grad]
     if not gradients or not outputs:
         return worst

@@ -42,7 +42,10 @@ def test_a_library_that_does_not_load_gives_one_message_that_says_what_to_do(tmp
     ("env", "message"),
     [
         ({"CXX": "no-such-compiler"}, "needs a C++17 compiler and 'no-such-compiler' was not found"),
-        ({"RLHF_FAST_CUDA": "1", "CUDA_HOME": "/nowhere", "PATH": str(Path(sys.executable).parent)}, "RLHF_FAST_CUDA=1 but nvcc was not found"),
+        (
+            {"RLHF_FAST_CUDA": "1", "CUDA_HOME": "/nowhere", "PATH": str(Path(sys.executable).parent)},
+            "RLHF_FAST_CUDA=1 but nvcc was not found",
+        ),
         ({"RLHF_FAST_CUDA": "yes"}, "RLHF_FAST_CUDA is 'yes'; it takes 0 or 1"),
     ],
 )
@@ -53,7 +56,7 @@ def test_a_build_that_cannot_work_says_what_is_missing(env, message):
 
 
 def test_the_library_needs_libtorch_and_no_cuda_library():
-    """libtorch.so among the needed libraries binds the CUDA stream symbol; a shared CUDA runtime would tie the wheel to one version."""
+    """libtorch.so binds the CUDA stream symbol; a shared CUDA runtime would tie the wheel to one version of it."""
     if shutil.which("readelf") is None:
         pytest.skip("readelf (binutils) is not installed")
     library = next(Path(rlhf_fast.__file__).parent.glob("_C*.so"))

@@ -37,7 +37,11 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
 
 
 def tensors_of(result):
-    return [result] if isinstance(result, torch.Tensor) else [t for part in (result.values() if isinstance(result, dict) else result) for t in tensors_of(part)]
+    return (
+        [result]
+        if isinstance(result, torch.Tensor)
+        else [t for part in (result.values() if isinstance(result, dict) else result) for t in tensors_of(part)]
+    )
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -47,7 +51,9 @@ def test_registrations_hold_under_opcheck(name, monkeypatch):
     kernel = next(k for k in vars(module).values() if getattr(k, "name", None) == name)
     seen = []
     original = type(kernel).__call__
-    monkeypatch.setattr(type(kernel), "__call__", lambda self, *args: (seen.append((self.name, args)), original(self, *args))[1])
+    monkeypatch.setattr(
+        type(kernel), "__call__", lambda self, *args: (seen.append((self.name, args)), original(self, *args))[1]
+    )
     call = example(name)
     OPS[name].function(*call.args, **call.kwargs)
     monkeypatch.undo()
@@ -117,39 +123,177 @@ BAD = [
     ("gather_logprobs", (None, ints), {}, TypeError, "`logits` must be a tensor, got NoneType"),
     ("gather_logprobs", (t(2, 3, 5), None), {}, TypeError, "`labels` must be a tensor, got NoneType"),
     ("gather_logprobs", (t(2, 3, 5), [1, 2]), {}, TypeError, "`labels` must be a tensor, got list"),
-    ("gather_logprobs", (t(2, 3, 5, dtype=torch.int32), ints), {}, TypeError, "`logits` must be float32, bfloat16, float16 or float64, got Int"),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5, dtype=torch.int32), ints),
+        {},
+        TypeError,
+        "`logits` must be float32, bfloat16, float16 or float64, got Int",
+    ),
     ("gather_logprobs", (t(2, 3, 5), t(2, 3)), {}, TypeError, "`labels` must be int64 or int32, got Float"),
-    ("gather_logprobs", (t(2, 3, 5), t(2, 4, dtype=torch.int64)), {}, ValueError, r"`labels` has shape \[2, 4\].*`logits` is \[2, 3, 5\]"),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), t(2, 4, dtype=torch.int64)),
+        {},
+        ValueError,
+        r"`labels` has shape \[2, 4\].*`logits` is \[2, 3, 5\]",
+    ),
     ("gather_logprobs", (t(), ints), {}, ValueError, r"`logits` must be \[..., V\]"),
     ("gather_logprobs", (t(2, 3, 0), ints), {}, ValueError, "empty vocabulary"),
     ("gather_logprobs", (t(2, 3, 5), ints - 1), {}, ValueError, "`labels` holds -1 at flat position 0"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": 0.0}, ValueError, "`temperature` must be finite and above 0, got 0.0"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": float("nan")}, ValueError, "`temperature` must be finite.*got nan"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": t(2, 3)}, ValueError, "`temperature` holds 0 at flat position 0; it must be finite and above 0"),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"temperature": 0.0},
+        ValueError,
+        "`temperature` must be finite and above 0, got 0.0",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"temperature": float("nan")},
+        ValueError,
+        "`temperature` must be finite.*got nan",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"temperature": t(2, 3)},
+        ValueError,
+        "`temperature` holds 0 at flat position 0; it must be finite and above 0",
+    ),
     ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": "1"}, TypeError, "`temperature` must be a number, got str"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"temperature": t(3) + 1}, ValueError, r"`temperature` has shape \[3\].*\[2, 3\]"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"softcap": -1.0}, ValueError, "`softcap` must be finite and above 0, got -1.0"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"logit_scale": 0}, ValueError, "`logit_scale` must be finite and above 0, got 0.0"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"mask": t(2, 4)}, ValueError, r"`mask` has shape \[2, 4\] but must have the shape of `labels`, \[2, 3\]"),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"temperature": t(3) + 1},
+        ValueError,
+        r"`temperature` has shape \[3\].*\[2, 3\]",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"softcap": -1.0},
+        ValueError,
+        "`softcap` must be finite and above 0, got -1.0",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"logit_scale": 0},
+        ValueError,
+        "`logit_scale` must be finite and above 0, got 0.0",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"mask": t(2, 4)},
+        ValueError,
+        r"`mask` has shape \[2, 4\] but must have the shape of `labels`, \[2, 3\]",
+    ),
     ("gather_logprobs", (t(2, 3, 5), ints), {"mask": t(2, 3).requires_grad_()}, ValueError, "`mask` requires grad"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"mask": t(2, 3, dtype=torch.complex64)}, TypeError, "`mask` must be bool, integer or floating point"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"ignore_index": 1.0}, TypeError, "`ignore_index` must be an integer, got float"),
-    ("gather_logprobs", (t(2, 3, 5), ints), {"with_entropy": 1}, TypeError, "`with_entropy` must be True or False, got int"),
-    ("kl_penalty", (t(2), t(3)), {}, ValueError, r"`ref_logprobs` has shape \[3\] but must have the shape of `logprobs`, \[2\]"),
-    ("kl_penalty", (t(2, dtype=torch.int64), t(2)), {}, TypeError, "`logprobs` must be floating point, got torch.int64"),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"mask": t(2, 3, dtype=torch.complex64)},
+        TypeError,
+        "`mask` must be bool, integer or floating point",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"ignore_index": 1.0},
+        TypeError,
+        "`ignore_index` must be an integer, got float",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"with_entropy": 1},
+        TypeError,
+        "`with_entropy` must be True or False, got int",
+    ),
+    (
+        "kl_penalty",
+        (t(2), t(3)),
+        {},
+        ValueError,
+        r"`ref_logprobs` has shape \[3\] but must have the shape of `logprobs`, \[2\]",
+    ),
+    (
+        "kl_penalty",
+        (t(2, dtype=torch.int64), t(2)),
+        {},
+        TypeError,
+        "`logprobs` must be floating point, got torch.int64",
+    ),
     ("kl_penalty", (t(2), t(2)), {"log_ratio_clip": 0.0}, ValueError, "`log_ratio_clip` must be finite and above 0"),
-    ("kl_penalty", (t(2), t(2)), {"output_clip": float("inf")}, ValueError, "`output_clip` must be finite and above 0, got inf"),
-    ("shape_rewards", (t(3), t(2, 4), t(2, 4), t(2, 4)), {"kl_coef": 0.1}, ValueError, r"`scores` must be \[B\] = \[2\], got shape \[3\]"),
-    ("shape_rewards", (t(2), t(2, 4), t(2, 4), None), {"kl_coef": 0.1}, TypeError, "`mask` must be a tensor, got NoneType"),
-    ("shape_rewards", (t(2), t(2, 4), t(2, 4), t(2, 4)), {"kl_coef": -0.1}, ValueError, "`kl_coef` must be finite and at least 0, got -0.1"),
-    ("shape_rewards", (t(2), t(4), t(4), t(4)), {"kl_coef": 0.1}, ValueError, r"`logprobs` must be \[B, T\], got shape \[4\]"),
+    (
+        "kl_penalty",
+        (t(2), t(2)),
+        {"output_clip": float("inf")},
+        ValueError,
+        "`output_clip` must be finite and above 0, got inf",
+    ),
+    (
+        "shape_rewards",
+        (t(3), t(2, 4), t(2, 4), t(2, 4)),
+        {"kl_coef": 0.1},
+        ValueError,
+        r"`scores` must be \[B\] = \[2\], got shape \[3\]",
+    ),
+    (
+        "shape_rewards",
+        (t(2), t(2, 4), t(2, 4), None),
+        {"kl_coef": 0.1},
+        TypeError,
+        "`mask` must be a tensor, got NoneType",
+    ),
+    (
+        "shape_rewards",
+        (t(2), t(2, 4), t(2, 4), t(2, 4)),
+        {"kl_coef": -0.1},
+        ValueError,
+        "`kl_coef` must be finite and at least 0, got -0.1",
+    ),
+    (
+        "shape_rewards",
+        (t(2), t(4), t(4), t(4)),
+        {"kl_coef": 0.1},
+        ValueError,
+        r"`logprobs` must be \[B, T\], got shape \[4\]",
+    ),
     ("gae", (t(4), t(4)), {}, ValueError, r"`rewards` must be \[B, T\], got shape \[4\]"),
-    ("gae", (t(2, 4), t(2, 5)), {}, ValueError, r"`values` has shape \[2, 5\] but must have the shape of `rewards`, \[2, 4\]"),
-    ("gae", (t(2, 4), t(2, 4)), {"gamma": 1.5}, ValueError, "`gamma` must be finite and at least 0 and at most 1, got 1.5"),
-    ("gae", (t(2, 4), t(2, 4)), {"lam": t(3)}, ValueError, r"`lam` must hold one value a sequence, \[2\], got shape \[3\]"),
+    (
+        "gae",
+        (t(2, 4), t(2, 5)),
+        {},
+        ValueError,
+        r"`values` has shape \[2, 5\] but must have the shape of `rewards`, \[2, 4\]",
+    ),
+    (
+        "gae",
+        (t(2, 4), t(2, 4)),
+        {"gamma": 1.5},
+        ValueError,
+        "`gamma` must be finite and at least 0 and at most 1, got 1.5",
+    ),
+    (
+        "gae",
+        (t(2, 4), t(2, 4)),
+        {"lam": t(3)},
+        ValueError,
+        r"`lam` must hold one value a sequence, \[2\], got shape \[3\]",
+    ),
     ("gae", (t(2, 4), t(2, 4)), {"gaps": "skip"}, ValueError, "`gaps` must be one of 'carry', 'decay', got 'skip'"),
     ("gae", (t(2, 4), t(2, 4)), {"bootstrap": t(4)}, ValueError, "`bootstrap` must hold one value a sequence"),
-    ("gae", (t(2, 4), t(2, 4)), {"cu_seqlens": t(3, dtype=torch.int32)}, ValueError, r"`rewards` must be \[N\] beside `cu_seqlens`"),
+    (
+        "gae",
+        (t(2, 4), t(2, 4)),
+        {"cu_seqlens": t(3, dtype=torch.int32)},
+        ValueError,
+        r"`rewards` must be \[N\] beside `cu_seqlens`",
+    ),
     ("gae", (t(4), t(4)), {"cu_seqlens": t(3)}, TypeError, "`cu_seqlens` must be int32 or int64, got Float"),
     ("gae", (t(2, 4), t(2, 4)), {"whiten": None}, TypeError, "`whiten` must be True or False"),
     ("masked_mean", (t(2, 4), t(2, 5)), {}, ValueError, r"`mask` has shape \[2, 5\]"),
@@ -157,21 +301,65 @@ BAD = [
     ("masked_whiten", (t(2, 4), t(2, 4)), {"eps": -1e-8}, ValueError, "`eps` must be finite and at least 0"),
     ("ppo_policy_loss", (t(4), t(4), t(4)), {}, ValueError, r"`logprobs` must be \[B, T\], got shape \[4\]"),
     ("ppo_policy_loss", (t(2, 4), t(2, 4), t(4)), {}, ValueError, r"`advantages` has shape \[4\]"),
-    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"clip_low": -0.2}, ValueError, "`clip_low` must be finite and at least 0"),
-    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"clip_low": None}, TypeError, "`clip_low` must be a number, got NoneType"),
-    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"dual_clip": 0.5}, ValueError, "`dual_clip` must be finite and above 1, got 0.5"),
-    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"aggregate": "mean"}, ValueError, "`aggregate` must be one of 'token-mean'"),
-    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"normalizer": 0}, ValueError, "`normalizer` must be finite and above 0, got 0.0"),
-    ("ppo_policy_loss", (t(2, 4), t(2, 4), t(2, 4)), {"normalizer": t(2)}, ValueError, r"`normalizer` must hold one number, got shape \[2\]"),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"clip_low": -0.2},
+        ValueError,
+        "`clip_low` must be finite and at least 0",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"clip_low": None},
+        TypeError,
+        "`clip_low` must be a number, got NoneType",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"dual_clip": 0.5},
+        ValueError,
+        "`dual_clip` must be finite and above 1, got 0.5",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"aggregate": "mean"},
+        ValueError,
+        "`aggregate` must be one of 'token-mean'",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"normalizer": 0},
+        ValueError,
+        "`normalizer` must be finite and above 0, got 0.0",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"normalizer": t(2)},
+        ValueError,
+        r"`normalizer` must hold one number, got shape \[2\]",
+    ),
     ("ppo_value_loss", (t(2, 4), t(2, 4), t(2, 3)), {}, ValueError, r"`returns` has shape \[2, 3\]"),
     ("ppo_value_loss", (t(2, 4), t(2, 4), t(2, 4)), {"clip": -1}, ValueError, "`clip` must be finite and at least 0"),
-    ("reward_pair_loss", (t(2), t(3)), {}, ValueError, r"`rejected` has shape \[3\] but must have the shape of `chosen`, \[2\]"),
+    (
+        "reward_pair_loss",
+        (t(2), t(3)),
+        {},
+        ValueError,
+        r"`rejected` has shape \[3\] but must have the shape of `chosen`, \[2\]",
+    ),
     ("reward_pair_loss", (t(2, 1), t(2, 1)), {}, ValueError, r"`chosen` must be \[B\], got shape \[2, 1\]"),
     ("reward_pair_loss", (t(2), t(2)), {"margin": 1.0}, TypeError, "`margin` must be a tensor, got float"),
 ]
 
 
-@pytest.mark.parametrize(("name", "args", "kwargs", "kind", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs", "kind", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)]
+)
 def test_bad_calls_name_the_argument_and_what_it_must_be(name, args, kwargs, kind, message):
     with pytest.raises(kind, match=message) as caught:
         OPS[name].function(*args, **kwargs)

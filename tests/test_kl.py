@@ -10,7 +10,14 @@ def test_estimators(device):
     logprobs = torch.tensor([-1.0, -2.0, -0.5], device=device)
     ref = torch.tensor([-1.5, -1.0, -0.5], device=device)
     d = logprobs - ref
-    expected = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d, "abs": d.abs(), "k1+": d, "k3+": torch.exp(-d) - 1 + d}
+    expected = {
+        "k1": d,
+        "k2": d**2 / 2,
+        "k3": torch.exp(-d) - 1 + d,
+        "abs": d.abs(),
+        "k1+": d,
+        "k3+": torch.exp(-d) - 1 + d,
+    }
     for estimator, want in expected.items():
         torch.testing.assert_close(kl_penalty(logprobs, ref, estimator=estimator), want, rtol=1e-6, atol=1e-7)
 
@@ -34,7 +41,9 @@ def test_clips_stop_the_gradient_where_they_bind(device):
 
 def test_k3_of_float16_does_not_overflow(device):
     # exp(12) is infinite in float16.
-    penalty = kl_penalty(torch.tensor([-12.5]).half().to(device), torch.tensor([-0.5]).half().to(device), estimator="k3")
+    penalty = kl_penalty(
+        torch.tensor([-12.5]).half().to(device), torch.tensor([-0.5]).half().to(device), estimator="k3"
+    )
     torch.testing.assert_close(penalty.cpu(), torch.tensor([math.exp(12) - 1 - 12]), rtol=1e-6, atol=0)
 
 
@@ -63,5 +72,5 @@ def test_the_score_lands_on_the_last_token_of_long_rows(device):
 
 
 def test_unknown_estimator():
-    with pytest.raises(ValueError, match="`estimator` must be one of 'k1'.*got 'k4'"):
+    with pytest.raises(ValueError, match=r"`estimator` must be one of 'k1'.*got 'k4'"):
         kl_penalty(torch.zeros(2), torch.zeros(2), estimator="k4")

@@ -32,7 +32,7 @@ LAYERS = [
 def layer_of(module: str) -> str:
     name = module.removeprefix("rlhf_fast").removeprefix(".")
     matches = [layer for layer in LAYERS if name == layer or name.startswith(layer + ".")]
-    return max(matches, key=len) if matches else "rlhf_fast" if not name else name
+    return max(matches, key=len) if matches else name or "rlhf_fast"
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -85,6 +85,8 @@ def test_nothing_unsafe_is_called():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system"), f"{name}: {called}"
+                assert called not in ("eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system"), (
+                    f"{name}: {called}"
+                )
                 for keyword in node.keywords:
                     assert not (keyword.arg == "trust_remote_code" and getattr(keyword.value, "value", None)), name

@@ -223,7 +223,9 @@ def test_only_the_entropy_is_used(device):
 
 def test_offsets_beyond_32_bits():
     # 2^31 elements of bf16 are 4.3 GB; expanded rows reach the offsets without the memory.
-    storage = torch.zeros(2**31 + 4096, dtype=torch.uint8).view(torch.bfloat16)  # 2 GiB of address space, untouched pages
+    storage = torch.zeros(2**31 + 4096, dtype=torch.uint8).view(
+        torch.bfloat16
+    )  # 2 GiB of address space, untouched pages
     row = torch.randn(64).bfloat16()
     storage[-64:] = row
     far = storage.as_strided((2, 64), (storage.numel() - 64, 1))

@@ -51,7 +51,10 @@ def test_a_large_mean_does_not_swallow_the_variance(device):
 
 def test_one_token(device):
     # verl's masked_var raises here, after a host synchronisation.
-    assert torch.equal(masked_whiten(torch.tensor([3.0, 4.0], device=device), torch.tensor([1, 0], device=device)), torch.zeros(2, device=device))
+    assert torch.equal(
+        masked_whiten(torch.tensor([3.0, 4.0], device=device), torch.tensor([1, 0], device=device)),
+        torch.zeros(2, device=device),
+    )
 
 
 def test_dim_out_of_range():

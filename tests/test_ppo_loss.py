@@ -20,7 +20,9 @@ def test_first_minibatch_has_ratio_one(device):
     x = logprobs.clone().requires_grad_()
     loss, stats = ppo_policy_loss(x, logprobs, advantages)
     torch.testing.assert_close(loss, -advantages.mean())
-    assert stats["ratio_mean"] == 1 and stats["ratio_var"] == 0 and stats["clip_fraction"] == 0 and stats["approx_kl"] == 0
+    assert (
+        stats["ratio_mean"] == 1 and stats["ratio_var"] == 0 and stats["clip_fraction"] == 0 and stats["approx_kl"] == 0
+    )
     loss.backward()
     torch.testing.assert_close(x.grad, -advantages / advantages.numel())
 
@@ -118,7 +120,9 @@ def test_value_loss(device):
     torch.testing.assert_close(loss, want)
     variance = 1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)
     torch.testing.assert_close(stats["explained_variance"], variance)
-    torch.testing.assert_close(ppo_value_loss(values, old, returns, clip=None)[0], 0.5 * ((values - returns) ** 2).mean())
+    torch.testing.assert_close(
+        ppo_value_loss(values, old, returns, clip=None)[0], 0.5 * ((values - returns) ** 2).mean()
+    )
 
 
 def test_ties_split_the_gradient_as_torch_max_does(device):

@@ -84,7 +84,9 @@ _functions: dict[str, type[torch.autograd.Function]] = {}
 _registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
 
 
-def register(name: str, fake: Callable, *, setup_context: Callable | None = None, backward: Callable | None = None) -> None:
+def register(
+    name: str, fake: Callable, *, setup_context: Callable | None = None, backward: Callable | None = None
+) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable)."""
     if backward is not None:
         backward = once_differentiable(backward)
@@ -176,7 +178,9 @@ def number(
         return none
     if isinstance(value, bool) or not isinstance(value, int | float):
         if type(value).__module__ != "numpy" or not hasattr(value, "item"):
-            raise TypeError(f"{op}: `{name}` must be a number{' or None' if none is not None else ''}, got {type(value).__name__}")
+            raise TypeError(
+                f"{op}: `{name}` must be a number{' or None' if none is not None else ''}, got {type(value).__name__}"
+            )
         value = value.item()
     value = float(value)
     if not (math.isfinite(value) and low <= value <= high and (above is None or value > above)):

@@ -100,7 +100,10 @@ def gae_reference(
         advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
         for b, (start, end) in enumerate(zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True)):
             part = slice(start, end)
-            one = [None if x is None else x[b : b + 1] if isinstance(x, Tensor) else x for x in (lam, bootstrap, returns_lam)]
+            one = [
+                None if x is None else x[b : b + 1] if isinstance(x, Tensor) else x
+                for x in (lam, bootstrap, returns_lam)
+            ]
             row_mask = None if mask is None else mask[part].unsqueeze(0)
             a, r = gae_reference(
                 rewards[part].unsqueeze(0),
@@ -137,7 +140,10 @@ def gae_reference(
             return rewards * 1, values * 1
         advantages = recursion(lam)
         returns = recursion(lam if returns_lam is None else returns_lam)
-        advantages, returns = weight * advantages, weight * (returns + (values if gaps == "carry" else values / weight.where(kept, 1.0)))
+        advantages, returns = (
+            weight * advantages,
+            weight * (returns + (values if gaps == "carry" else values / weight.where(kept, 1.0))),
+        )
     if whiten:
         advantages = masked_whiten_reference(advantages, torch.ones_like(advantages) if mask is None else mask)
     return advantages, returns

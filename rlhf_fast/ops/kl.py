@@ -172,7 +172,12 @@ def _shape_formula(ctx, grad):
     return by_score, by_logprob, by_ref, None, None, None, None, None
 
 
-register("kl_penalty", lambda logprobs, *rest: logprobs.new_empty(logprobs.shape), setup_context=_penalty_context, backward=_penalty_formula)
+register(
+    "kl_penalty",
+    lambda logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    setup_context=_penalty_context,
+    backward=_penalty_formula,
+)
 register("kl_penalty_backward", lambda grad, logprobs, *rest: logprobs.new_empty(logprobs.shape))
 register(
     "shape_rewards",

@@ -63,22 +63,25 @@ def gather_logprobs(
     taus, tau = None, 1.0
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
-            raise ValueError(f"{op}: `temperature` requires grad, but no gradient flows to it; pass temperature.detach()")
+            raise ValueError(
+                f"{op}: `temperature` requires grad, but no gradient flows to it; pass temperature.detach()"
+            )
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        if temperature.dim() == 0:
-            taus = temperature.to(dtype).expand(labels.shape)
-        else:
-            taus = temperature.to(dtype)
+        taus = temperature.to(dtype).expand(labels.shape) if temperature.dim() == 0 else temperature.to(dtype)
     else:
         tau = number(op, "temperature", temperature, above=0.0)
 
     shape = labels.shape
     if logits.dim() > 3:
         if shape != logits.shape[:-1]:
-            raise ValueError(f"{op}: `labels` has shape {list(shape)} but must have {list(logits.shape[:-1])}, that of `logits` without V")
+            raise ValueError(
+                f"{op}: `labels` has shape {list(shape)} but must have {list(logits.shape[:-1])}, that of `logits` without V"
+            )
         logits, labels, taus, mask = logits.flatten(0, -2), labels.flatten(), _flat(taus), _flat(mask)
 
-    logprobs, entropy, _ = _forward(logits, labels, taus, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward)
+    logprobs, entropy, _ = _forward(
+        logits, labels, taus, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward
+    )
     if logprobs.shape != shape:
         logprobs, entropy = logprobs.view(shape), entropy.view(shape) if with_entropy else entropy
     return (logprobs, entropy) if with_entropy else logprobs
@@ -127,7 +130,7 @@ def _fake(logits, labels, temperature, mask, tau, cap, scale, ignore_index, with
 
 def _setup_context(ctx, inputs, output):
     logits, labels, temperature, mask, *options = inputs
-    logprobs, entropy, row_stats = output
+    row_stats = output[2]
     ctx.options = options
     ctx.overwritten = False
     ctx.save_for_backward(logits, labels, temperature, mask, row_stats)
@@ -146,7 +149,19 @@ def _backward_formula(ctx, grad_logprobs, grad_entropy, _):
             "second one; pass inplace_backward=False to run backward twice"
         )
     logits, labels, temperature, mask, row_stats = ctx.saved_tensors
-    args = (grad_logprobs, grad_entropy if with_entropy else None, logits, labels, temperature, mask, row_stats, tau, cap, scale, ignore_index)
+    args = (
+        grad_logprobs,
+        grad_entropy if with_entropy else None,
+        logits,
+        labels,
+        temperature,
+        mask,
+        row_stats,
+        tau,
+        cap,
+        scale,
+        ignore_index,
+    )
     # A traced graph may not write over what it saved; the compiler plans that memory itself.
     if inplace and not torch.compiler.is_compiling():
         logits_grad = logits.detach()
@@ -159,4 +174,3 @@ def _backward_formula(ctx, grad_logprobs, grad_entropy, _):
 register("gather_logprobs", _fake, setup_context=_setup_context, backward=_backward_formula)
 register("gather_logprobs_backward", lambda grad_logprobs, grad_entropy, logits, *rest: logits.new_empty(logits.shape))
 register("gather_logprobs_backward_inplace", lambda *args: None)
-

@@ -51,7 +51,9 @@ def masked_mean_reference(x: Tensor, mask: Tensor, *, dim: int | None = None) ->
     return torch.where(count != 0, total / count.where(count != 0, torch.ones_like(count)), total * 0)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8) -> Tensor:
+def masked_whiten(
+    x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8
+) -> Tensor:
     """(x - mean) / sqrt(var + eps) with mean and variance over the mask, as TRL's and verl's `masked_whiten`; 0 off the mask.
 
     Args:

@@ -71,7 +71,8 @@ def ppo_policy_loss(
             any device (never read on the host). With the global count, the losses of micro-batches sum to the full batch's.
 
     Returns:
-        (loss, stats): loss [] (float32, or float64 where an argument is), and a dict of [] views into one tensor, each over the mask, weighted by it: `clip_fraction`
+        (loss, stats): loss [], float32 or float64 where an argument is, and a dict of [] views into one tensor, each over the
+        mask and weighted by it: `clip_fraction`
         (the clipped branch was larger), `clip_fraction_low` (the dual clip held), `approx_kl` (mean of half the squared
         log-ratio, as TRL), `ppo_kl` (mean of old - new log-prob, as verl), `ratio_mean`, `ratio_min`, `ratio_max`,
         `ratio_var` (over tokens), `tokens` (sum of weights). All 0 where the mask keeps nothing.
@@ -171,7 +172,8 @@ def ppo_value_loss(
         aggregate, normalizer: as in `ppo_policy_loss`.
 
     Returns:
-        (loss, stats): loss [] (float32, or float64 where an argument is), and a dict of [] views into one tensor, each over the mask: `clip_fraction`, `error` (mean
+        (loss, stats): loss [], float32 or float64 where an argument is, and a dict of [] views into one tensor, each over the
+        mask: `clip_fraction`, `error` (mean
         squared error), `value_mean`, `return_mean`, `explained_variance` (1 - Var(R - v) / Var(R); 0 where R does not vary),
         `tokens`. All 0 where the mask keeps nothing.
 
@@ -254,7 +256,11 @@ def _value_formula(ctx, grad, *_):
 
 def _fake_loss(stats):
     def fake(first, *rest):
-        return first.new_empty(()), first.new_empty((len(stats),)), first.new_empty(first.shape[:1], dtype=torch.float64)
+        return (
+            first.new_empty(()),
+            first.new_empty((len(stats),)),
+            first.new_empty(first.shape[:1], dtype=torch.float64),
+        )
 
     return fake
 

@@ -27,7 +27,8 @@ def reward_pair_loss(
         center_coef: at least 0; TRL recommends 0.01 where it is used.
 
     Returns:
-        (loss, stats): loss [] (float32, or float64 where an argument is), 0 for an empty batch, and a dict of [] views into one tensor: `accuracy` (chosen > rejected, ties
+        (loss, stats): loss [], float32 or float64 where an argument is, 0 for an empty batch, and a dict of [] views into one
+        tensor: `accuracy` (chosen > rejected, ties
         half), `margin` (mean of chosen - rejected), `chosen_mean`, `rejected_mean`, `reward_min`, `reward_max`.
 
     Raises:

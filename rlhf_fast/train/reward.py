@@ -37,9 +37,6 @@ SMALLEST_SPREAD = 1e-6
 class RewardConfig(loop.StageConfig):
     """A reward model from preference pairs; `model` is the directory of the fine-tuned policy."""
 
-    policy: str | None = option(
-        None, "directory of the policy whose replies the scores are normalised on; none: `model`", group="files"
-    )
     max_prompt_tokens: int = option(
         512, "longer prompts lose their beginning", minimum=1, source=loop.N_PLUS, group="training"
     )
@@ -83,11 +80,7 @@ def train(config: RewardConfig) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = reward_from_policy(config.model, dtype=config.dtype, device=device)
-    policy, policy_tokenizer = load_policy(config.policy or config.model, dtype=config.dtype, device=device)
-    if policy_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizers of {config.model} and {config.policy} differ; both have to read the same words"
-        )
+    policy, _ = load_policy(config.model, dtype=config.dtype, device=device)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,

@@ -35,12 +35,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARED = tuple(key.name for key in keys(loop.StageConfig))
-STARTS = ("sft", "base")
 
 # The stages' own defaults are those published for pretrained models of a billion parameters. A small model that
 # starts from random weights needs rates a hundred times higher and more passes over its few rows.
 FROM_SCRATCH: dict[str, Any] = {
-    "reward_start": "base",
     "sft": {
         "train_on_prompt": True,
         "num_train_epochs": 8,
@@ -50,7 +48,7 @@ FROM_SCRATCH: dict[str, Any] = {
         "weight_decay": 0.1,
         "max_prompt_tokens": 128,
     },
-    "reward": {"num_train_epochs": 2, "batch_size": 16, "learning_rate": 3e-4, "max_prompt_tokens": 48},
+    "reward": {"num_train_epochs": 2, "batch_size": 16, "learning_rate": 3e-4, "max_prompt_tokens": 128},
     "ppo": {
         "total_episodes": 2048,
         "batch_size": 64,
@@ -74,9 +72,6 @@ class RunConfig:
         0.2, "share of prompts that no stage trains on; results are measured on them", above=0, maximum=0.9
     )
     split_seed: int = option(0, "chooses which prompts are held out")
-    reward_start: str = option(
-        "sft", "model that the reward model's body is copied from: the fine-tuned one or the one before", choices=STARTS
-    )
     eval_prompts: int = option(512, "at most so many held-out prompts are answered to compare policies", minimum=1)
 
     vocab_size: int = option(2048, "tokens of its byte-level BPE tokenizer", minimum=259, group="new model")
@@ -91,7 +86,7 @@ class RunConfig:
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
 
     sft: SFTConfig = part(SFTConfig, "supervised fine-tuning", filled=SHARED)  # noqa: RUF009 (part returns a field)
-    reward: RewardConfig = part(RewardConfig, "reward model", filled=(*SHARED, "policy"))  # noqa: RUF009
+    reward: RewardConfig = part(RewardConfig, "reward model", filled=SHARED)  # noqa: RUF009
     ppo: PPOConfig = part(PPOConfig, "PPO", filled=(*SHARED, "reward_model"))  # noqa: RUF009
 
 
@@ -142,10 +137,7 @@ def run(
 
     sft_dir = sft.train(stage_config(config, config.sft, model=start, output_dir=out / "sft"))
     pairs = config.data if make_pairs is None else make_pairs(sft_dir)
-    body = sft_dir if config.reward_start == "sft" else start
-    reward_dir = reward.train(
-        stage_config(config, config.reward, model=body, policy=sft_dir, data=pairs, output_dir=out / "reward")
-    )
+    reward_dir = reward.train(stage_config(config, config.reward, model=sft_dir, data=pairs, output_dir=out / "reward"))
     ppo_dir = ppo.train(
         stage_config(config, config.ppo, model=sft_dir, reward_model=reward_dir, output_dir=out / "ppo")
     )

@@ -8,7 +8,6 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_fast.train import reward, sft
 from rlhf_fast.train.config import keys
-from rlhf_fast.train.data import train_tokenizer
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.generate import generate
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy
@@ -198,25 +197,3 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, base, optio
 
 def test_the_config_is_small_and_every_key_is_explained():
     assert len(keys(RewardConfig)) <= 40 and all(key.info["help"] for key in keys(RewardConfig))
-
-
-def test_scores_can_be_normalised_on_another_policy(tmp_path, base, monkeypatch):
-    other = tiny.save_base(tmp_path / "other", "gpt2")
-    asked = []
-
-    def sample(policy, *_):
-        asked.append(type(policy).__name__)
-        return [[1, 5, 2], [1, 6, 7, 2]]
-
-    monkeypatch.setattr(reward, "sample_replies", sample)
-    out = train(config(tmp_path, base, policy=str(other), num_train_epochs=1))
-    assert asked == ["GPT2LMHeadModel"]
-    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
-
-
-def test_policy_with_another_tokenizer_is_refused(tmp_path, base):
-    other = tiny.save_base(tmp_path / "other")
-    train_tokenizer(["other words"], 270).save_pretrained(other)
-    with pytest.raises(UserError, match=r"tokenizers of .* differ"):
-        train(config(tmp_path, base, policy=str(other)))
-    assert not (tmp_path / "reward").exists()
