@@ -280,7 +280,7 @@ HOST_DEVICE A load_block(const T* x, int64_t n, const LogitMap<A>& map, A* value
 }
 
 template <bool kCapped, bool kEntropy, class T>
-CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map) {
+CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map) {
   using A = accumulate_t<T>;
   alignas(64) A values[kBlock];
   SoftmaxSums total{kMinusInfinity, 0, 0};
@@ -310,14 +310,14 @@ CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, const LogitMap<ac
 }
 
 template <bool kCapped, class T>
-CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, const LogitMap<accumulate_t<T>>& map, const RowStats<accumulate_t<T>>& stats,
-                             accumulate_t<T> a, accumulate_t<T> b) {
+CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, LogitMap<accumulate_t<T>> map, RowStats<accumulate_t<T>> stats,
+                             accumulate_t<T> a, accumulate_t<T> b) {  // by value: through references, dx might alias them
   using A = accumulate_t<T>;
 #pragma omp simd
   for (int64_t j = 0; j < vocab; ++j) {
     const A value = capped<kCapped>(static_cast<A>(x[j]), map);
     const A g = logit_gradient(below_max<kCapped>(value, stats.max, map), stats, a, b, false);
-    dx[j] = static_cast<T>(g * map_slope<kCapped>(value, map));
+    dx[j] = narrow<T>(g * map_slope<kCapped>(value, map));
   }
 }
 
@@ -410,7 +410,7 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
         const A at_label = capped<kCapped>(static_cast<A>(logits_row[label]), map);  // before an in-place write
         row_gradient<kCapped>(logits_row, target_row, call.rows.vocab, map, stats_in[row], a, b);
         const A g = logit_gradient(below_max<kCapped>(at_label, stats_in[row].max, map), stats_in[row], a, b, true);
-        target_row[label] = static_cast<T>(g * map_slope<kCapped>(at_label, map));
+        target_row[label] = narrow<T>(g * map_slope<kCapped>(at_label, map));
       });
     };
     call.options.softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
@@ -559,7 +559,7 @@ __global__ void __launch_bounds__(kGradientThreads)
         const A value = capped<kCapped>(static_cast<A>(packs[u].at[i]), map);
         g = logit_gradient(below_max<kCapped>(value, row_stats.max, map), row_stats, a, b, first + i == label) * map_slope<kCapped>(value, map);
       }
-      gradient.at[i] = static_cast<T>(g);
+      gradient.at[i] = narrow<T>(g);
     }
     store_pack(dx, first, rows.vocab, aligned_out, gradient);
   }

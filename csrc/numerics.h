@@ -1,6 +1,8 @@
 // Exponentials and reductions that every op shares.
 #pragma once
 
+#include <type_traits>
+
 #include "device.h"
 
 namespace rlhf_fast::RLHF_UNIT {
@@ -11,6 +13,22 @@ HOST_DEVICE To bit_cast(From from) {
   To to;
   memcpy(&to, &from, sizeof(To));
   return to;
+}
+
+// Rounding to the type of the logits. BFloat16's own constructor tests for NaN with a branch, which keeps loops scalar.
+template <class T, class A>
+HOST_DEVICE T narrow(A value) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+#if defined(__CUDA_ARCH__)
+    return static_cast<T>(value);
+#else
+    const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(value));
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return bit_cast<T>(static_cast<uint16_t>(value != value ? 0x7fc0u : rounded));
+#endif
+  } else {
+    return static_cast<T>(value);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
