@@ -46,9 +46,8 @@ FROM_SCRATCH: dict[str, Any] = {
         "learning_rate": 2e-3,
         "warmup_steps": 20,
         "weight_decay": 0.1,
-        "max_prompt_tokens": 128,
     },
-    "reward": {"num_train_epochs": 2, "batch_size": 16, "learning_rate": 3e-4, "max_prompt_tokens": 128},
+    "reward": {"num_train_epochs": 2, "batch_size": 16, "learning_rate": 3e-4},
     "ppo": {
         "total_episodes": 2048,
         "batch_size": 64,
@@ -78,7 +77,7 @@ class RunConfig:
     hidden_size: int = option(128, "width", minimum=2)
     num_layers: int = option(2, "layers", minimum=1)
     num_heads: int = option(4, "attention heads", minimum=1)
-    context_length: int = option(512, "most tokens of prompt and reply together", minimum=8)
+    context_length: int = option(256, "most tokens of prompt and reply together", minimum=8)
 
     seed: int = option(0, "seed of everything random but the split", minimum=0, group="machine")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
