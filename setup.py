@@ -72,6 +72,7 @@ def cuda_build(nvcc):
             "--compress-mode=size",
             "--expt-relaxed-constexpr",
             "-Xcompiler=-fvisibility=hidden",
+            f"-Xcompiler=-fmacro-prefix-map={ROOT}/=",
             *gencode,
         ],
         # The CUDA runtime is static: a shared one ties the library to torch's CUDA major version.

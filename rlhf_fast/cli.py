@@ -111,8 +111,8 @@ COMMANDS = {
         Command(
             "demo",
             "See all three stages work on an embedded toy world, with a judge that knows the truth. No data needed.",
-            "--output_dir DIR [flags]",
-            "rlhf-fast demo --output_dir demo",
+            "[flags]",
+            "rlhf-fast demo",
             demo,
         ),
         Command(

@@ -7,6 +7,7 @@ there on nothing knows the truth until the evaluation asks the judge.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_fast.demo.world import GroundTruth, all_prompts, annotate, demonstrate, vocabulary
 from rlhf_fast.train.checkpoint import claim_output, save_model
-from rlhf_fast.train.config import option, required, validate
+from rlhf_fast.train.config import option, validate
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 class DemoConfig:
     """A run of all stages on the demo's world."""
 
-    output_dir: str = required("new directory for everything the demo makes")
+    output_dir: str | None = option(
+        None, "new directory for everything the demo makes; none: runs/demo, then runs/demo-2, ..."
+    )
     seed: int = option(0, "seed of everything random", minimum=0)
 
 
@@ -70,7 +73,7 @@ def run_demo(config: DemoConfig) -> Path:
     from rlhf_fast.train.run import run
 
     validate(config)
-    out = claim_output(config.output_dir)
+    out = claim_output(config.output_dir or next_free("runs/demo"))
     out.mkdir(parents=True, exist_ok=True)
     write_demonstrations(out / "demonstrations.jsonl", seed=config.seed, count=DEMONSTRATIONS)
     tokenizer = build_tokenizer()
@@ -81,6 +84,12 @@ def run_demo(config: DemoConfig) -> Path:
         judge=GroundTruth(),
         claimed=True,
     )
+
+
+def next_free(path: str) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist: a demo is run again without losing the last."""
+    candidates = (Path(path if number == 1 else f"{path}-{number}") for number in itertools.count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def settings(out: Path, seed: int) -> RunConfig:

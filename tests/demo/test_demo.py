@@ -9,6 +9,7 @@ from rlhf_fast.demo import (
     DemoConfig,
     build_model,
     build_tokenizer,
+    next_free,
     run_demo,
     settings,
     write_demonstrations,
@@ -109,3 +110,11 @@ def test_a_directory_in_use_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match="already holds files"):
         run_demo(DemoConfig(output_dir=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_second_demo_does_not_take_the_place_of_the_first(tmp_path):
+    place = tmp_path / "demo"
+    assert next_free(str(place)) == place
+    for taken in ("demo", "demo-2"):
+        (tmp_path / taken).mkdir()
+    assert next_free(str(place)) == tmp_path / "demo-3"
