@@ -12,6 +12,9 @@ import time
 import pytest
 
 from rlhf_fast import cli
+from rlhf_fast.train.checkpoint import save_model
+from rlhf_fast.train.data import read_preferences
+from rlhf_fast.train.run import base_model, configure
 
 PAIRS = [{"prompt": f"Name colour {n}.", "chosen": f"Colour {n} is red.", "rejected": f"No {n}."} for n in range(40)]
 COMMAND = [sys.executable, "-m", "rlhf_fast.cli"]
@@ -208,6 +211,48 @@ def test_own_errors_are_not_hidden(monkeypatch):
         cli.main(["run"])
 
 
+# ---------------------------------------------------------------- success
+
+TINY = """
+vocab_size: 280
+hidden_size: 16
+num_layers: 1
+num_heads: 2
+context_length: 64
+sft: {num_train_epochs: 1, max_response_tokens: 16}
+reward: {num_train_epochs: 1, max_response_tokens: 16, normalize_samples: 8}
+ppo: {total_episodes: 8, batch_size: 8, num_ppo_epochs: 1, response_length: 4}
+"""
+
+
+def test_run_ends_with_the_headline_and_the_report(capsys, tmp_path, pairs):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    out = tmp_path / "out"
+    code, text, _ = call(capsys, "run", "--config", f"{tmp_path}/tiny.yaml", "--data", pairs, "--output-dir", str(out))
+    assert code == 0
+    for part in ("win rate over SFT", "reward-model accuracy", "KL to the SFT model", "95 % interval"):
+        assert part in text
+    assert text.endswith(f"report: {out / 'report.html'}\n") and (out / "report.html").is_file()
+
+    (out / "report.html").unlink()
+    assert call(capsys, "report", str(out))[:2] == (0, text)
+    assert (out / "report.html").is_file()
+
+
+def test_a_stage_saves_a_config_that_repeats_it(capsys, tmp_path, pairs):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    config = configure(tmp_path / "tiny.yaml", {"data": pairs, "output_dir": "unused"})
+    model, tokenizer = base_model(config, read_preferences(pairs)[0])
+    save_model(tmp_path / "base", model, tokenizer)
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ["--model", str(tmp_path / "base"), "--data", pairs, "--output_dir", str(first), "--learning_rate", "1e-3"]
+    code, text, _ = call(capsys, "sft", *words, "--heldout_fraction", "0.2", "--max_response_tokens", "16")
+    assert code == 0 and text.endswith(f"report: {first / 'report.html'}\n")
+    again = ["--config", str(first / "config.yaml"), "--output_dir", str(second)]
+    assert call(capsys, "sft", *again)[0] == 0
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
 # ---------------------------------------------------------------- as a process
 
 
@@ -221,7 +266,7 @@ def test_mistake_as_a_process(tmp_path):
 def test_ctrl_c_is_one_line_and_keeps_what_is_finished(tmp_path, pairs):
     out = tmp_path / "out"
     words = ["run", "--data", pairs, "--output_dir", str(out), "--hidden_size", "16", "--num_heads", "2"]
-    words += ["--sft.num_train_epochs", "100000", "--sft.logging_steps", "1"]
+    words += ["--sft.num_train_epochs", "5000", "--sft.logging_steps", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rlhf_fast.cli", *words],
         stderr=subprocess.PIPE,

@@ -34,7 +34,9 @@ from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, advantag
 class PPOConfig(loop.StageConfig):
     """PPO on the prompts of `data`; `model` is the fine-tuned policy, which also stays as the reference."""
 
-    reward_model: str | None = option(None, "directory of the reward model; its copy becomes the value model")
+    reward_model: str | None = option(
+        None, "directory of the reward model; its copy becomes the value model", group="files"
+    )
     max_prompt_tokens: int = option(
         512, "longer prompts lose their beginning", minimum=1, source=loop.N_PLUS, group="rollout"
     )
