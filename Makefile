@@ -37,7 +37,7 @@ test: install
 
 emulate: install
 	for order in forward reverse shuffled; do \
-	  CUDA_ON_CPU_ORDER=$$order RLHF_FAST_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+	  CUDA_ON_CPU_ORDER=$$order RLHF_FAST_FUZZ=40 RLHF_FAST_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  $(PY) -m pytest tests/test_*.py -k emulated || exit 1; \
 	done
