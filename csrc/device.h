@@ -16,6 +16,10 @@
 #include <string>
 #include <tuple>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -163,6 +167,18 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return Tensor(handle);
 }
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) { return empty(like, sizes, like.scalar_type()); }
+
+// Fresh memory of the size of the logits costs more in page faults than in the writing of it. A hint: harmless where refused.
+inline void advise_huge_pages([[maybe_unused]] const Tensor& fresh) {
+#if defined(__linux__) && !defined(RLHF_DEVICE_CODE)
+  constexpr uintptr_t kPage = 4096, kWorthwhile = 8 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(fresh.numel() * fresh.element_size());
+  if (end - begin < kWorthwhile) return;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), end / kPage * kPage - first, MADV_HUGEPAGE);
+#endif
+}
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 

@@ -155,6 +155,32 @@ HOST_DEVICE A map_slope(A value, const LogitMap<A>& map) {  // dz/dx
   return map.slope * (A(1) - t * t);
 }
 
+// dL/dx of the logits of one row, with u = log2 p = (x - max) to_log2 - log2_sum:
+//   (a [j = y] - p (a + b (log p + H))) dz/dx = (a [j = y] - 2^u (constant + linear u)) dz/dx
+// Below this power of two a probability is 0.
+template <class A> constexpr A kLowestExponent = std::numeric_limits<A>::min_exponent - 1;
+
+template <bool kCapped, bool kEntropy, class A>
+struct RowGradient {
+  LogitMap<A> map;
+  A max, to_log2, log2_sum, constant, linear;
+
+  HOST_DEVICE RowGradient(const LogitMap<A>& map, const RowStats<A>& stats, A a, A b)
+      : map(map),
+        max(stats.max),
+        to_log2(kCapped ? static_cast<A>(kLog2E) : static_cast<A>(map.slope * kLog2E)),
+        log2_sum(static_cast<A>(stats.log_sum * kLog2E)),
+        constant(a + b * stats.entropy),
+        linear(static_cast<A>(b / kLog2E)) {}
+
+  HOST_DEVICE A operator()(A x, A label_share) const {  // label_share: a at the label, 0 elsewhere
+    const A value = capped<kCapped>(x, map);
+    const A u = (value - max) * to_log2 - log2_sum;
+    const A pull = exp2_bounded(u) * (kEntropy ? constant + linear * u : constant);
+    return (label_share - (u < kLowestExponent<A> ? A(0) : pull)) * map_slope<kCapped>(value, map);  // a NaN stays
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks and views, shared by both devices.
 
@@ -225,6 +251,7 @@ inline Tensor gradient_target(const char* op, const LogprobCall& call, const Ten
   rows = call.rows;
   if (!inplace) {
     Tensor target = empty(logits, logits.sizes());
+    advise_huge_pages(target);
     rows.inner_stride = rows.vocab;
     rows.outer_stride = rows.vocab * rows.inner;
     return target;
@@ -265,60 +292,132 @@ inline void check_stats(const char* op, const Tensor& stats, const LogprobCall& 
 // ---------------------------------------------------------------------------------------------------------------------
 #if !defined(RLHF_DEVICE_CODE)
 
-constexpr int64_t kBlock = 1024;  // logits converted at a time: 4 KB of floats, in L1
+constexpr int64_t kBlock = 2048;  // logits between two looks at the running maximum
 
-template <bool kCapped, class T, class A>
-HOST_DEVICE A load_block(const T* x, int64_t n, const LogitMap<A>& map, A* values) {
+template <class T>
+HOST_DEVICE accumulate_t<T> block_max(const T* x, int64_t n) {
+  using A = accumulate_t<T>;
+  using W = Word<T>;
+  const int64_t words = n / W::kLogits;
   A max = -std::numeric_limits<A>::infinity();
 #pragma omp simd reduction(max : max)
-  for (int64_t j = 0; j < n; ++j) {
-    const A value = capped<kCapped>(static_cast<A>(x[j]), map);
-    values[j] = value;
-    max = value > max ? value : max;
+  for (int64_t j = 0; j < words; ++j) {
+    const typename W::Bits word = W::of(x)[j];
+    const A first = W::first(word);
+    max = first > max ? first : max;
+    if constexpr (W::kLogits == 2) {
+      const A second = W::second(word);
+      max = second > max ? second : max;
+    }
+  }
+  if (W::kLogits == 2 && n % 2) {
+    const A last = static_cast<A>(x[n - 1]);
+    max = last > max ? last : max;
   }
   return max;
 }
 
+// One logit's part in the sums, relative to a reference value.
+template <bool kCapped, class A>
+struct Summand {
+  LogitMap<A> map;
+  A reference, to_log2, lowest;
+
+  HOST_DEVICE Summand(const LogitMap<A>& map, A reference)
+      : map(map),
+        reference(reference),
+        to_log2(kCapped ? static_cast<A>(kLog2E) : static_cast<A>(map.slope * kLog2E)),
+        lowest(kLowestExponent<A> / to_log2) {}  // where exp would underflow, next to nothing is added to a sum of at least 1
+
+  HOST_DEVICE void operator()(A x, A& value, A& below, A& e) const {
+    value = capped<kCapped>(x, map);
+    const A distance = value - reference;
+    below = lowest > distance ? lowest : distance;  // a NaN passes
+    e = exp2_bounded(below * to_log2);
+  }
+};
+
+// One read of a block: its sums relative to `reference`, a value of capped(), and its own maximum.
+template <bool kCapped, bool kEntropy, class T>
+HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumulate_t<T>>& map, accumulate_t<T> reference) {
+  using A = accumulate_t<T>;
+  using W = Word<T>;
+  const Summand<kCapped, A> summand(map, reference);
+  const int64_t words = n / W::kLogits;
+  A max = -std::numeric_limits<A>::infinity(), sum = 0, dot = 0;
+#pragma omp simd reduction(max : max) reduction(+ : sum, dot)
+  for (int64_t j = 0; j < words; ++j) {
+    const typename W::Bits word = W::of(x)[j];
+    A value, below, e;
+    summand(W::first(word), value, below, e);
+    max = value > max ? value : max;
+    A sums = e, dots = below * e;
+    if constexpr (W::kLogits == 2) {
+      summand(W::second(word), value, below, e);
+      max = value > max ? value : max;
+      sums += e;
+      dots += below * e;
+    }
+    sum += sums;
+    if constexpr (kEntropy) dot += dots;
+  }
+  if (W::kLogits == 2 && n % 2) {
+    A value, below, e;
+    summand(static_cast<A>(x[n - 1]), value, below, e);
+    max = value > max ? value : max;
+    sum += e;
+    if constexpr (kEntropy) dot += below * e;
+  }
+  const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
+  return {static_cast<double>(max), static_cast<double>(sum), slope * static_cast<double>(dot)};
+}
+
+// How far above its reference a block may reach: exp stays finite, and so does its sum.
+constexpr double kHeadroom = 40.0;
+
+// The running maximum of earlier blocks is the reference of the next, so that a block is read once; only a block that rises
+// far above it, or stands first, is read a second time, out of L1.
 template <bool kCapped, bool kEntropy, class T>
 CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map) {
   using A = accumulate_t<T>;
-  alignas(64) A values[kBlock];
   SoftmaxSums total{kMinusInfinity, 0, 0};
   const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    const double block_max = load_block<kCapped>(x + start, n, map, values);
-    if (block_max > total.max) rescale(total, block_max, slope);
-    if (total.max == kMinusInfinity) {  // all -inf so far, or NaN, which a maximum does not see
-      for (int64_t j = 0; j < n; ++j)
-        if (values[j] != values[j]) total.sum = std::numeric_limits<double>::quiet_NaN();
-      continue;
+    double reference = total.max;
+    SoftmaxSums block{kMinusInfinity, 0, 0};
+    if (reference > kMinusInfinity) block = block_sums<kCapped, kEntropy>(x + start, n, map, static_cast<A>(reference));
+    if (reference == kMinusInfinity || (block.max - reference) * slope > kHeadroom) {
+      const double top = capped<kCapped>(block_max(x + start, n), map);
+      if (top == kMinusInfinity) {  // a row of -inf so far, or NaN, which a maximum does not see
+        for (int64_t j = 0; j < n; ++j)
+          if (x[start + j] != x[start + j]) total.sum = std::numeric_limits<double>::quiet_NaN();
+        continue;
+      }
+      reference = top;
+      block = block_sums<kCapped, kEntropy>(x + start, n, map, static_cast<A>(top));
     }
-    const A max = static_cast<A>(total.max);
-    A sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-    for (int64_t j = 0; j < n; ++j) {
-      const A below = below_max<kCapped>(values[j], max, map);
-      const A e = exp_nonpositive(below);
-      sum += e;
-      if constexpr (kEntropy) dot += e > 0 ? below * e : A(0);
-    }
-    total.sum += sum;
-    total.dot += dot;
+    const double block_top = block.max;
+    block.max = reference;
+    merge(total, block, slope);
+    if (block_top > total.max) rescale(total, block_top, slope);
   }
   return total;
 }
 
-template <bool kCapped, class T>
-CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, LogitMap<accumulate_t<T>> map, RowStats<accumulate_t<T>> stats,
-                             accumulate_t<T> a, accumulate_t<T> b) {  // by value: through references, dx might alias them
+template <bool kCapped, bool kEntropy, class T>
+CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, RowGradient<kCapped, kEntropy, accumulate_t<T>> gradient) {
   using A = accumulate_t<T>;
+  using W = Word<T>;
+  const int64_t words = vocab / W::kLogits;
 #pragma omp simd
-  for (int64_t j = 0; j < vocab; ++j) {
-    const A value = capped<kCapped>(static_cast<A>(x[j]), map);
-    const A g = logit_gradient(below_max<kCapped>(value, stats.max, map), stats, a, b, false);
-    dx[j] = narrow<T>(g * map_slope<kCapped>(value, map));
+  for (int64_t j = 0; j < words; ++j) {
+    const typename W::Bits word = W::of(x)[j];
+    const A first = gradient(W::first(word), A(0));
+    if constexpr (W::kLogits == 2) W::of(dx)[j] = W::join(first, gradient(W::second(word), A(0)));
+    else dx[j] = first;
   }
+  if (W::kLogits == 2 && vocab % 2) dx[vocab - 1] = narrow<T>(gradient(static_cast<A>(x[vocab - 1]), A(0)));
 }
 
 // Refused here, on one thread: an exception thrown inside parallel_for would lose its text.
@@ -393,8 +492,8 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
     const A* da = up.logprobs ? in<A>(*up.logprobs) : nullptr;
     const A* db = up.entropy ? in<A>(*up.entropy) : nullptr;
     const auto* stats_in = reinterpret_cast<const RowStats<A>*>(in<A>(stats));
-    auto run = [&](auto is_capped) {
-      constexpr bool kCapped = decltype(is_capped)::value;
+    auto run = [&](auto is_capped, auto has_entropy) {
+      using Gradient = RowGradient<decltype(is_capped)::value, decltype(has_entropy)::value, A>;
       parallel_for(call.rows.rows, call.rows.vocab, [&](int64_t row) {
         const int64_t label = LogprobCall::label(labels, call.long_labels, row);
         const double weight = call.options.mask[row];
@@ -405,15 +504,16 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
           memset(static_cast<void*>(target_row), 0, sizeof(T) * call.rows.vocab);
           return;
         }
-        const LogitMap<A> map = call.options.map<A>(row);
         const T* logits_row = x + call.rows.offset(row);
-        const A at_label = capped<kCapped>(static_cast<A>(logits_row[label]), map);  // before an in-place write
-        row_gradient<kCapped>(logits_row, target_row, call.rows.vocab, map, stats_in[row], a, b);
-        const A g = logit_gradient(below_max<kCapped>(at_label, stats_in[row].max, map), stats_in[row], a, b, true);
-        target_row[label] = narrow<T>(g * map_slope<kCapped>(at_label, map));
+        const A at_label = static_cast<A>(logits_row[label]);  // before an in-place write
+        const Gradient gradient(call.options.map<A>(row), stats_in[row], a, b);
+        row_gradient(logits_row, target_row, call.rows.vocab, gradient);
+        target_row[label] = narrow<T>(gradient(at_label, a));
       });
     };
-    call.options.softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
+    const bool has_entropy = up.entropy.has_value();
+    if (call.options.softcap != 0) has_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
+    else has_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
   });
   return target;
 }

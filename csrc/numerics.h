@@ -15,21 +15,75 @@ HOST_DEVICE To bit_cast(From from) {
   return to;
 }
 
-// Rounding to the type of the logits. BFloat16's own constructor tests for NaN with a branch, which keeps loops scalar.
+// ---------------------------------------------------------------------------------------------------------------------
+// Logits of 16 bits, to float and back. On the CPU these are ours, without branches or calls, so that loops over them become SIMD.
+
+template <class T>
+HOST_DEVICE float from_bits16(uint32_t bits) {  // exact
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return bit_cast<float>(bits << 16);
+  } else {
+    constexpr uint32_t kBias = 112u << 23;  // the difference of the exponents' biases
+    const uint32_t magnitude = (bits & 0x7fffu) << 13, moved = magnitude + kBias;
+    // A subnormal half m 2^-24 goes by way of 2^-14 + m 2^-24: a float subnormal would slow the processor down.
+    const float subnormal = bit_cast<float>(moved + (1u << 23)) - 6.103515625e-5f;
+    const uint32_t special = magnitude >= (31u << 23) ? moved + kBias : moved;  // inf and NaN
+    const uint32_t value = magnitude < (1u << 23) ? bit_cast<uint32_t>(subnormal) : special;
+    return bit_cast<float>(value | ((bits & 0x8000u) << 16));
+  }
+}
+
+template <class T>
+HOST_DEVICE uint32_t to_bits16(float value) {  // to nearest, ties to even
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return value != value ? 0x7fc0u : rounded;
+  } else {
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+    // Adding 1/2 leaves a subnormal half in the low bits.
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+    uint32_t rounded = magnitude < (113u << 23) ? subnormal : normal;
+    rounded = magnitude >= 0x477ff000u ? 0x7c00u : rounded;  // 65520 and more
+    rounded = magnitude > 0x7f800000u ? 0x7e00u : rounded;
+    return rounded | ((bits >> 16) & 0x8000u);
+  }
+}
+
 template <class T, class A>
 HOST_DEVICE T narrow(A value) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (sizeof(T) == 2) {
 #if defined(__CUDA_ARCH__)
     return static_cast<T>(value);
 #else
-    const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(value));
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return bit_cast<T>(static_cast<uint16_t>(value != value ? 0x7fc0u : rounded));
+    return bit_cast<T>(static_cast<uint16_t>(to_bits16<T>(static_cast<float>(value))));
 #endif
   } else {
     return static_cast<T>(value);
   }
 }
+
+#if !defined(RLHF_DEVICE_CODE)
+
+// What a SIMD loop over logits takes at a time: one of them, or two of 16 bits, so that lanes are 32 bits wide throughout.
+template <class T>
+struct Word {
+  static constexpr int kLogits = sizeof(T) == 2 ? 2 : 1;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
+  typedef Bits type __attribute__((may_alias, aligned(alignof(T))));
+
+  static HOST_DEVICE const type* of(const T* x) { return reinterpret_cast<const type*>(x); }
+  static HOST_DEVICE type* of(T* x) { return reinterpret_cast<type*>(x); }
+  static HOST_DEVICE accumulate_t<T> first(Bits word) {
+    if constexpr (kLogits == 2) return from_bits16<T>(word & 0xffffu);
+    else return word;
+  }
+  static HOST_DEVICE accumulate_t<T> second(Bits word) { return from_bits16<T>(word >> 16); }
+  static HOST_DEVICE Bits join(float first, float second) { return to_bits16<T>(first) | (to_bits16<T>(second) << 16); }
+};
+
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // exp. Ours rather than std::exp on the CPU because these have no branches and no calls, so that loops over them become
@@ -62,6 +116,27 @@ HOST_DEVICE float exp_nonpositive(float x) {
   return x < -87.33654f ? 0.0f : result;
 #endif
 }
+
+// 2^y for y <= 0, to 2e-7 relative; anything at most 1e-37 below -126, NaN at NaN and at -inf: the caller selects. Adding
+// kShift leaves round(y) in the low mantissa bits; the polynomial is the minimax one of 2^f on [-1/2, 1/2].
+HOST_DEVICE float exp2_bounded(float y) {
+#if defined(__CUDA_ARCH__)
+  return exp2f(y);
+#else
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+  const float shifted = y + kShift;
+  const float f = y - (shifted - kShift);
+  float p = 1.3264728182e-3f;
+  p = p * f + 9.6715137464e-3f;
+  p = p * f + 5.5507337510e-2f;
+  p = p * f + 2.4022242069e-1f;
+  p = p * f + 6.9314697759e-1f;
+  p = p * f + 1.0f;
+  // Unsigned: a NaN brings any bits here, and leaves through p.
+  return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
+#endif
+}
+HOST_DEVICE double exp2_bounded(double y) { return exp2(y); }
 
 HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
 
