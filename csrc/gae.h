@@ -171,15 +171,154 @@ inline void check_offsets(const GaeCall& call) {
   CHECK_VALUE(raw(call.rows.rows) == call.rows.tokens, "gae: `cu_seqlens` must end at N = ", call.rows.tokens, ", got ", raw(call.rows.rows));
 }
 
-template <class A, bool kMasked>
-void gae_row(const GaeArrays<A>& a, int64_t row, int64_t begin, int64_t end, const GaeOptions& o) {
-  GaeState state = a.start(row);
-  for (int64_t t = end - 1; t >= begin; --t) {
-    const double m = kMasked ? a.mask[t] : 1.0, value = a.values[t];
-    state = gae_step(state, a.rewards[t], value, m, o);
-    a.advantages[t] = a.advantage_of(state, m);
-    a.returns[t] = a.return_of(state, value, m);
+// The recursion A_t = factor_t A_{t+1} + term_t over a block of tokens. A step waits for the one before, so four runs of tokens
+// go side by side, each from 0; then what stands right of a run comes in through the product of the run's factors.
+constexpr int kRun = 64, kRuns = 4;
+constexpr int64_t kGaeBlock = kRun * kRuns;
+
+struct GaeFactors {
+  double constant;
+  double powers[kRun];  // constant^64 ... constant^1
+  HOST_DEVICE explicit GaeFactors(double c) : constant(c) {
+    for (double product = c, *at = powers + kRun; at != powers; product *= c) *--at = product;
   }
+};
+
+// factor: one a token where kVaries, else unused. Writes A over the terms and returns the first.
+template <bool kVaries>
+HOST_DEVICE double scan_block(double* term, const double* factor, const GaeFactors& factors, int64_t n, double after) {
+  alignas(64) double products[kGaeBlock];
+  auto step = [&](int64_t t, double& advantage, double& product) {
+    const double f = kVaries ? factor[t] : factors.constant;
+    advantage = f * advantage + term[t];
+    term[t] = advantage;
+    if (kVaries) products[t] = product *= f;
+  };
+  if (n == kGaeBlock) {
+    double a[kRuns] = {0, 0, 0, 0}, p[kRuns] = {1, 1, 1, 1};
+    for (int j = kRun - 1; j >= 0; --j)
+      for_constants<kRuns>([&](auto r) { step(r * kRun + j, a[r], p[r]); });
+  } else {
+    for (int64_t run = 0; run < n; run += kRun) {
+      double a = 0, p = 1;
+      for (int64_t t = (run + kRun < n ? run + kRun : n) - 1; t >= run; --t) step(t, a, p);
+    }
+  }
+  for (int64_t run = (n - 1) / kRun * kRun; run >= 0; run -= kRun) {
+    const int64_t length = n - run < kRun ? n - run : kRun;
+    const double* product = kVaries ? products + run : factors.powers + (kRun - length);
+    double* a = term + run;
+#pragma omp simd
+    for (int64_t t = 0; t < length; ++t) a[t] += product[t] * after;
+    after = a[0];
+  }
+  return after;
+}
+
+// Up to kGaeBlock tokens from `first` on; `state` is that right of them before, and left of them after. The same numbers as
+// gae_step token by token, but for the order of the sums.
+template <class A>
+HOST_DEVICE void gae_block(const GaeArrays<A>& arrays, int64_t first, int64_t n, const GaeOptions& o, const GaeFactors& by_lam,
+                           const GaeFactors* by_returns_lam, GaeState& state) {
+  alignas(64) double weight[kGaeBlock], held[kGaeBlock + 1], advantage[kGaeBlock], returns[kGaeBlock], factor[kGaeBlock];
+  const A *rewards = arrays.rewards + first, *values = arrays.values + first;
+  A *advantages_out = arrays.advantages + first, *returns_out = arrays.returns + first;
+  bool all = true, none = false, binary = true;
+  if (arrays.mask.kind != Mask::kNone) {
+    weights_of(arrays.mask, first, n, weight);
+    int64_t ones = 0, zeros = 0;
+#pragma omp simd reduction(+ : ones, zeros)
+    for (int64_t t = 0; t < n; ++t) {
+      ones += weight[t] == 1;
+      zeros += weight[t] == 0;
+    }
+    all = ones == n;
+    none = zeros == n;
+    binary = ones + zeros == n;
+  }
+  if (none && !o.decay) {
+    for (int64_t t = 0; t < n; ++t) advantages_out[t] = returns_out[t] = 0;
+    return;
+  }
+
+  // held[t]: V_{t+1} as token t sees it, in held[t + 1] while it is made.
+  held[n] = state.next_value;
+  if (all) {
+#pragma omp simd
+    for (int64_t t = 0; t < n; ++t) held[t] = values[t];
+  } else if (o.decay) {
+#pragma omp simd
+    for (int64_t t = 0; t < n; ++t) held[t] = weight[t] != 0 ? weight[t] * values[t] : 0.0;
+  } else if (binary) {
+    // By bits: a branch would be mispredicted at every gap.
+    alignas(64) uint64_t passed[kGaeBlock], taken[kGaeBlock];
+#pragma omp simd
+    for (int64_t t = 0; t < n; ++t) {
+      passed[t] = weight[t] != 0 ? 0 : ~uint64_t(0);
+      taken[t] = bit_cast<uint64_t>(static_cast<double>(values[t])) & ~passed[t];
+    }
+    uint64_t value = bit_cast<uint64_t>(state.next_value);
+    for (int64_t t = n - 1; t >= 0; --t) held[t] = bit_cast<double>(value = taken[t] | (value & passed[t]));
+  } else {
+    double value = state.next_value;
+    for (int64_t t = n - 1; t >= 0; --t) {
+      const double m = weight[t];
+      held[t] = value = m == 0 ? value : m == 1 ? static_cast<double>(values[t]) : m * values[t] + (1 - m) * value;
+    }
+  }
+  state.next_value = held[0];
+
+  const bool varies = !all && !o.decay;  // factors then differ from token to token
+#pragma omp simd
+  for (int64_t t = 0; t < n; ++t) {
+    const double delta = rewards[t] + o.gamma * held[t + 1] - values[t];
+    advantage[t] = delta;
+  }
+  if (!all && o.decay) {
+#pragma omp simd
+    for (int64_t t = 0; t < n; ++t)
+      advantage[t] = (weight[t] != 0 ? weight[t] * rewards[t] : 0.0) + o.gamma * held[t + 1] - held[t];
+  }
+  if (varies) {
+#pragma omp simd
+    for (int64_t t = 0; t < n; ++t) advantage[t] = weight[t] != 0 ? weight[t] * advantage[t] : 0.0;
+  }
+  auto scan = [&](double* terms, const GaeFactors& factors, double after) {
+    if (!varies) return scan_block<false>(terms, nullptr, factors, n, after);
+    for (int64_t t = 0; t < n; ++t) factor[t] = weight[t] * factors.constant + (1 - weight[t]);
+    return scan_block<true>(terms, factor, factors, n, after);
+  };
+  const double* for_returns = advantage;
+  if (by_returns_lam) {
+    memcpy(returns, advantage, sizeof(double) * n);
+    state.returns_advantage = scan(returns, *by_returns_lam, state.returns_advantage);
+    for_returns = returns;
+  }
+  state.advantage = scan(advantage, by_lam, state.advantage);
+
+  if (all) {
+#pragma omp simd
+    for (int64_t t = 0; t < n; ++t) {
+      advantages_out[t] = static_cast<A>(advantage[t]);
+      returns_out[t] = static_cast<A>(for_returns[t] + values[t]);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t t = 0; t < n; ++t) {
+      const double m = weight[t];
+      advantages_out[t] = static_cast<A>(m != 0 ? m * advantage[t] : 0.0);
+      returns_out[t] = static_cast<A>(m != 0 ? m * (for_returns[t] + values[t]) : 0.0);
+    }
+  }
+}
+
+// Blocks are counted from the start of the row, so that padding on its right changes no bit.
+template <class A>
+CPU_CLONES void gae_row(const GaeArrays<A>& a, int64_t row, int64_t begin, int64_t end, const GaeOptions& o) {
+  const GaeFactors by_lam(o.gamma * o.lam), by_returns_lam(o.gamma * o.returns_lam);
+  GaeState state = a.start(row);
+  for (int64_t first = begin + (end - begin - 1) / kGaeBlock * kGaeBlock; begin < end && first >= begin; first -= kGaeBlock)
+    gae_block(a, first, end - first < kGaeBlock ? end - first : kGaeBlock, o, by_lam, o.lam == o.returns_lam ? nullptr : &by_returns_lam, state);
 }
 
 template <class F>
@@ -311,7 +450,7 @@ inline std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTen
     const GaeArrays<A> arrays = gae_arrays<A>(call, advantages, returns);
 #if !defined(RLHF_DEVICE_CODE)
     for_gae_rows(call, [&](int64_t row, int64_t begin, int64_t end, const GaeOptions& o) {
-      call.mask ? gae_row<A, true>(arrays, row, begin, end, o) : gae_row<A, false>(arrays, row, begin, end, o);
+      gae_row(arrays, row, begin, end, o);
     });
 #else
     const int64_t mean_length = call.rows.rows > 0 ? call.rows.tokens / call.rows.rows : 0;

@@ -251,7 +251,6 @@ inline Tensor gradient_target(const char* op, const LogprobCall& call, const Ten
   rows = call.rows;
   if (!inplace) {
     Tensor target = empty(logits, logits.sizes());
-    advise_huge_pages(target);
     rows.inner_stride = rows.vocab;
     rows.outer_stride = rows.vocab * rows.inner;
     return target;
