@@ -1,9 +1,15 @@
-// The Python module: importing it loads the library, which registers the ops. What it offers itself needs no torch.
+// The Python module: importing it loads the library, which registers the ops. What it offers itself: build_info(), and calls
+// of the kernels past torch's dispatcher.
+#include <array>
 #include <string>
+#include <vector>
 
 #include <pybind11/pybind11.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include "build_config.h"
+#include "direct.h"
 
 namespace py = pybind11;
 
@@ -35,9 +41,134 @@ py::dict build_info() {
   return info;
 }
 
+constexpr size_t kMaxArguments = 24;
+
+// The arguments of one call, as a boxed kernel takes them. Handles not yet handed over are freed.
+class Arguments {
+ public:
+  ~Arguments() {
+    for (size_t i = 0; i < size_; ++i)
+      if (handles_[i]) aoti_torch_delete_tensor_object(handles_[i]);
+  }
+  void add(StableIValue value) { values_[size_] = value, handles_[size_++] = nullptr; }
+  void add_tensor(AtenTensorHandle handle) { values_[size_] = torch::stable::detail::from(handle), handles_[size_++] = handle; }
+  void box_optional(size_t i) { values_[i] = torch::stable::detail::from(new StableIValue(values_[i])); }
+  StableIValue* hand_over() {
+    handles_.fill(nullptr);
+    return values_.data();
+  }
+  size_t size() const { return size_; }
+
+ private:
+  std::array<StableIValue, kMaxArguments> values_;
+  std::array<AtenTensorHandle, kMaxArguments> handles_{};
+  size_t size_ = 0;
+};
+
+// One op, called with plain dense tensors of one device. `signature` has a letter for each argument: T tensor, O optional
+// tensor, F float, I int, B bool.
+class DirectCall {
+ public:
+  DirectCall(const std::string& op, std::string signature, size_t outputs, py::object to_handle, py::object from_handle,
+             py::object is_neg, py::tuple plain_types)
+      : signature_(std::move(signature)), outputs_(outputs), to_handle_(std::move(to_handle)), from_handle_(std::move(from_handle)),
+        is_neg_(std::move(is_neg)), plain_types_(std::move(plain_types)) {
+    if (signature_.size() > kMaxArguments || outputs_ > kMaxArguments) throw py::value_error(op + ": too many arguments");
+    for (auto device : {rlhf_fast::DirectDevice::kCpu, rlhf_fast::DirectDevice::kCuda}) {
+      const auto& kernels = rlhf_fast::kernel_table(device).kernels;
+      const auto found = kernels.find(op);
+      kernels_[static_cast<int>(device)] = found == kernels.end() ? nullptr : found->second;
+    }
+  }
+
+  // NotImplemented where only the dispatcher knows what to do: tensor subclasses, other devices or layouts, lazy negation.
+  py::object operator()(const py::args& args) const {
+    if (args.size() != signature_.size()) return not_implemented();
+    Arguments stack;
+    rlhf_fast::BoxedKernel kernel = nullptr;
+    for (size_t i = 0; i < args.size(); ++i) {
+      PyObject* arg = PyTuple_GET_ITEM(args.ptr(), i);
+      switch (signature_[i]) {
+        case 'F': stack.add(torch::stable::detail::from(PyFloat_AsDouble(arg))); break;
+        case 'I': stack.add(torch::stable::detail::from(static_cast<int64_t>(PyLong_AsLongLong(arg)))); break;
+        case 'B': stack.add(torch::stable::detail::from(arg == Py_True)); break;
+        case 'O':
+          if (arg == Py_None) {
+            stack.add(torch::stable::detail::from(nullptr));
+            break;
+          }
+          [[fallthrough]];
+        default:
+          if (!add_plain_tensor(arg, stack, kernel)) return not_implemented();
+      }
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (kernel == nullptr) return not_implemented();
+    for (size_t i = 0; i < args.size(); ++i)
+      if (signature_[i] == 'O' && PyTuple_GET_ITEM(args.ptr(), i) != Py_None) stack.box_optional(i);
+    StableIValue* values = stack.hand_over();
+    {
+      const py::gil_scoped_release nogil;
+      kernel(values, signature_.size(), outputs_);
+    }
+    if (outputs_ == 0) return py::none();
+    if (outputs_ == 1) return to_python(values[0]);
+    py::tuple results(outputs_);
+    for (size_t i = 0; i < outputs_; ++i) results[i] = to_python(values[i]);
+    return std::move(results);
+  }
+
+ private:
+  static py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
+
+  bool add_plain_tensor(PyObject* tensor, Arguments& stack, rlhf_fast::BoxedKernel& kernel) const {
+    bool plain = false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(plain_types_.ptr()); ++i)
+      plain = plain || reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == PyTuple_GET_ITEM(plain_types_.ptr(), i);
+    if (!plain) return false;
+    const auto negative = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor));
+    const auto capsule = py::reinterpret_steal<py::object>(PyObject_CallOneArg(to_handle_.ptr(), tensor));
+    if (!negative || !capsule) throw py::error_already_set();
+    auto* handle = static_cast<AtenTensorHandle>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
+    if (handle == nullptr) throw py::error_already_set();
+    stack.add_tensor(handle);
+    int32_t device = 0, layout = 0;
+    int64_t elements = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
+    if (negative.ptr() != Py_False || layout != aoti_torch_layout_strided()) return false;
+    void* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &elements));
+    if (elements > 0 && (aoti_torch_get_data_ptr(handle, &data) != AOTI_TORCH_SUCCESS || data == nullptr)) return false;
+    const bool cpu = device == aoti_torch_device_type_cpu(), cuda = device == aoti_torch_device_type_cuda();
+    if (!cpu && !cuda) return false;
+    const rlhf_fast::BoxedKernel own = kernels_[cpu ? 0 : 1];
+    if (own == nullptr || (kernel != nullptr && kernel != own)) return false;
+    kernel = own;
+    return true;
+  }
+
+  py::object to_python(StableIValue value) const {
+    auto handle = torch::stable::detail::to<AtenTensorHandle>(value);
+    const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(handle, nullptr, nullptr));
+    auto tensor = py::reinterpret_steal<py::object>(PyObject_CallOneArg(from_handle_.ptr(), capsule.ptr()));
+    if (!tensor) throw py::error_already_set();
+    return tensor;
+  }
+
+  std::string signature_;
+  size_t outputs_;
+  py::object to_handle_, from_handle_, is_neg_;
+  py::tuple plain_types_;
+  std::array<rlhf_fast::BoxedKernel, 2> kernels_{};
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of rlhf_fast. Use them through rlhf_fast.ops.";
   m.def("build_info", &build_info, "How this library was built and which CPU instruction level it uses here.");
+  py::class_<DirectCall>(m, "DirectCall", "An op called past torch's dispatcher; NotImplemented where that is not possible.")
+      .def(py::init<const std::string&, std::string, size_t, py::object, py::object, py::object, py::tuple>())
+      .def("__call__", &DirectCall::operator());
 }

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_fast._C import DirectCall
+
 _REFUSAL = re.compile(r"\[rlhf_fast:(ValueError|TypeError)\] (.*?)\[end\]", re.DOTALL)
 _NO_KERNEL = "Could not run 'rlhf_fast::"
 
@@ -35,33 +37,69 @@ def namespace(name: str):
 # Leaves out the Python autograd kernel of torch.library, 5 us a call, where no gradient is asked for or a Function takes it.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
+# What stands between a call and its kernel, and must be asked: each as a function that is false in plain eager mode.
+_tracing = torch._C._get_tracing_state
+_profiling = torch.autograd._profiler_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_LETTERS = {"Tensor": "T", "Optional[Tensor]": "O", "float": "F", "int": "I", "bool": "B"}
+
+
+def _direct_call(name: str, overload):
+    """The op as a call past the dispatcher, or None where this torch lacks what that takes."""
+    handles = getattr(torch._C, "_aoti", None)
+    to_handle = getattr(handles, "unsafe_alloc_void_ptr_from_tensor", None)
+    from_handle = getattr(handles, "alloc_tensor_by_stealing_from_void_ptr", None)
+    if to_handle is None or from_handle is None:
+        return None
+    signature = "".join(_LETTERS[str(a.type)] for a in overload._schema.arguments)
+    plain = (Tensor, torch.nn.Parameter)
+    return DirectCall(name, signature, len(overload._schema.returns), to_handle, from_handle, Tensor.is_neg, plain)
+
 
 class Kernel:
     """An op of the library, `torch.ops.rlhf_fast.<name>`, with its errors made readable and, in eager mode, a short way to it.
 
     What `register` gives an op is registered with torch.library, which serves torch.compile and direct calls of
-    `torch.ops`. The same formulas as an autograd.Function cost half as much a call, so eager calls go through that.
+    `torch.ops`. The same formulas as an autograd.Function cost half as much a call, so eager calls go through that, and past
+    the dispatcher wherever nothing (a mode, a transform, a profiler, a tensor subclass) is there to see the call.
     """
 
     def __init__(self, name: str):
         self.name = name
         self._overloads: dict[str, Any] = {}
+        self._direct: Any = None
+        self._tensors: tuple[int, ...] = ()  # where the tensors stand among the arguments
 
     def overload(self):
         found = self._overloads.get(_namespace)
         if found is None:
             found = getattr(getattr(torch.ops, _namespace), self.name).default
             self._overloads[_namespace] = found
+            self._tensors = tuple(i for i, a in enumerate(found._schema.arguments) if "Tensor" in str(a.type))
+            if _namespace == "rlhf_fast":
+                self._direct = _direct_call(self.name, found)
         return found
 
-    def _run(self, args):
-        overload, function = self.overload(), _functions.get(self.name)
-        if function is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return overload(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return function.apply(overload, *args)
+    def _below(self, args):
+        """The op without its autograd."""
+        if self._direct is not None and _namespace == "rlhf_fast" and not (_dispatch_modes() or _profiling() or _tracing()):
+            result = self._direct(*args)
+            if result is not NotImplemented:
+                return result
         with _below_autograd():
+            return self.overload()(*args)
+
+    def _run(self, args):
+        overload = self.overload()
+        if torch.compiler.is_compiling() or _transforms():
             return overload(*args)
+        function = _functions.get(self.name)
+        if function is not None and torch.is_grad_enabled():
+            for i in self._tensors:
+                if args[i] is not None and args[i].requires_grad:
+                    return function.apply(self, *args)
+        return self._below(args)
 
     def __call__(self, *args):
         try:
@@ -98,9 +136,8 @@ def register(
 def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd.Function]:
     class EagerFunction(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, overload, *inputs):
-            with _below_autograd():
-                output = overload(*inputs)
+        def forward(ctx, kernel, *inputs):
+            output = kernel._below(inputs)
             setup_context(ctx, inputs, output)
             return output
 
@@ -112,7 +149,7 @@ def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd
 
 
 class _Shifted:
-    """The context of an EagerFunction as the formulas know it: without the overload before the op's own inputs."""
+    """The context of an EagerFunction as the formulas know it: without the kernel before the op's own inputs."""
 
     def __init__(self, ctx):
         object.__setattr__(self, "_ctx", ctx)
