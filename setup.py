@@ -130,6 +130,7 @@ def extension():
             *COMMON_FLAGS,
             "-g0",
             "-fvisibility=hidden",
+            "-Wno-psabi",  # vectors of 64 bytes stay inside inlined functions
             "-fopenmp-simd",  # SIMD pragmas without the OpenMP runtime: threads are torch's own
             "-fno-math-errno",
             "-fno-trapping-math",  # never -ffast-math: inf and NaN have meanings here

@@ -16,10 +16,6 @@
 #include <string>
 #include <tuple>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -143,18 +139,6 @@ inline ScalarType accumulate_type(const Tensor& t) {
 template <class T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
-constexpr int64_t kHugePagesFrom = 4 << 20;  // bytes
-
-// The page faults of fresh memory cost more than the writing of it. A hint, harmless where refused.
-inline void advise_huge_pages([[maybe_unused]] void* fresh, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && !defined(RLHF_DEVICE_CODE)
-  constexpr int64_t kPage = 4096;
-  if (bytes < kHugePagesFrom) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh), first = (begin + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), (begin + bytes) / kPage * kPage - first, MADV_HUGEPAGE);
-#endif
-}
-
 // An uninitialised contiguous tensor on the device of `like`. Straight through the C shim: torch::stable::new_empty goes
 // through the dispatcher, a microsecond each, and a small op makes three.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
@@ -176,9 +160,7 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, code, device,
                                                   like.get_device_index(), &handle));
-  Tensor fresh(handle);
-  if (stride * static_cast<int64_t>(sizeof(double)) >= kHugePagesFrom) advise_huge_pages(fresh.mutable_data_ptr(), stride * fresh.element_size());
-  return fresh;
+  return Tensor(handle);
 }
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) { return empty(like, sizes, like.scalar_type()); }
 

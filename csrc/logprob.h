@@ -54,30 +54,42 @@ struct RowStats {  // kept for the backward pass, [rows, 3]
   A entropy;
 };
 
-// tanh without a call, so that loops stay SIMD: Cephes' tanhf below .625, the exponential form above.
+// tanh without a call or a branch: Cephes' tanhf below .625, the exponential form above. F is float or Lanes<float>.
+template <class F>
+HOST_DEVICE F tanh_polynomial(F x) {
+  const F square = x * x;
+  F p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const F small = p * square * x + x;
+  const F magnitude = x < 0 ? -x : x, zero{};
+  const F power = magnitude * static_cast<float>(-2 * kLog2E);
+  const F e = exp2_bounded(power < -126.0f ? zero - 126.0f : power);
+  const F ratio = (1.0f - e) / (1.0f + e);
+  return magnitude < 0.625f ? small : x < 0 ? -ratio : ratio;
+}
+
 HOST_DEVICE float tanh_smooth(float x) {
 #if defined(__CUDA_ARCH__)
   return tanhf(x);
 #else
-  const float square = x * x;
-  float p = -5.70498872745e-3f;
-  p = p * square + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  const float small = p * square * x + x;
-  const float magnitude = x < 0 ? -x : x;
-  const float e = exp_nonpositive(-2.0f * magnitude);
-  const float ratio = (1.0f - e) / (1.0f + e);
-  const float large = x < 0 ? -ratio : ratio;
-  return magnitude < 0.625f ? small : large;
+  return tanh_polynomial(x);
 #endif
 }
 HOST_DEVICE double tanh_smooth(double x) { return tanh(x); }
 
+#if !defined(RLHF_DEVICE_CODE)
+HOST_DEVICE Lanes<float> tanh_smooth(Lanes<float> x) { return tanh_polynomial(x); }
+HOST_DEVICE Lanes<double> tanh_smooth(Lanes<double> x) {
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = tanh(x[l]);
+  return x;
+}
+#endif
+
 // Without a cap the map stays linear and the maximum is subtracted from x itself: exact where logits are large.
-template <bool kCapped, class A>
-HOST_DEVICE A capped(A x, const LogitMap<A>& map) {
+template <bool kCapped, class F, class A>
+HOST_DEVICE F capped(F x, const LogitMap<A>& map) {
   if constexpr (kCapped) return map.cap * tanh_smooth(x * map.inner);
   return x;
 }
@@ -148,11 +160,14 @@ HOST_DEVICE A logit_gradient(A below, const RowStats<A>& stats, A a, A b, bool i
   return (is_label ? a : A(0)) - pull;
 }
 
-template <bool kCapped, class A>
-HOST_DEVICE A map_slope(A value, const LogitMap<A>& map) {  // dz/dx
-  if constexpr (!kCapped) return map.slope;
-  const A t = value / map.cap;
-  return map.slope * (A(1) - t * t);
+template <bool kCapped, class F, class A>
+HOST_DEVICE auto map_slope(F value, const LogitMap<A>& map) {  // dz/dx
+  if constexpr (kCapped) {
+    const F t = value / map.cap;
+    return map.slope * (A(1) - t * t);
+  } else {
+    return map.slope;
+  }
 }
 
 // dL/dx of the logits of one row, with u = log2 p = (x - max) to_log2 - log2_sum:
@@ -173,11 +188,14 @@ struct RowGradient {
         constant(a + b * stats.entropy),
         linear(static_cast<A>(b / kLog2E)) {}
 
-  HOST_DEVICE A operator()(A x, A label_share) const {  // label_share: a at the label, 0 elsewhere
-    const A value = capped<kCapped>(x, map);
-    const A u = (value - max) * to_log2 - log2_sum;
-    const A pull = exp2_bounded(u) * (kEntropy ? constant + linear * u : constant);
-    return (label_share - (u < kLowestExponent<A> ? A(0) : pull)) * map_slope<kCapped>(value, map);  // a NaN stays
+  template <class F>  // A, or Lanes<A>
+  HOST_DEVICE F operator()(F x, A label_share) const {  // label_share: a at the label, 0 elsewhere
+    const F value = capped<kCapped>(x, map);
+    const F u = (value - max) * to_log2 - log2_sum, zero{};
+    F pull = exp2_bounded(u);
+    if constexpr (kEntropy) pull *= constant + linear * u;
+    else pull *= constant;
+    return (label_share - (u < kLowestExponent<A> ? zero : pull)) * map_slope<kCapped>(value, map);  // a NaN stays
   }
 };
 
@@ -293,130 +311,121 @@ inline void check_stats(const char* op, const Tensor& stats, const LogprobCall& 
 
 constexpr int64_t kBlock = 2048;  // logits between two looks at the running maximum
 
+// A row, or part of one, some lanes at a time: body(first, lanes, seen) with the position of the first lane. What is left at
+// the end comes as full lanes that reach back over `seen` logits already given; loaded at once, lest an in-place body has
+// written over them. A row shorter than the lanes stands at their end, first < 0.
+template <class T, class Body>
+HOST_DEVICE void for_lanes(const T* x, int64_t n, Body&& body) {
+  using L = LogitLanes<T>;
+  constexpr auto kNothingSeen = std::integral_constant<int, 0>{};
+  if (n < L::kCount) {
+    alignas(64) T row[L::kCount] = {};
+    memcpy(static_cast<void*>(row + (L::kCount - n)), x, sizeof(T) * n);
+    body(n - L::kCount, L::load(row), static_cast<int>(L::kCount - n));
+    return;
+  }
+  const int64_t left = n % L::kCount;
+  const L last = L::load(x + n - L::kCount);
+  for (int64_t j = 0; j + L::kCount <= n; j += L::kCount) body(j, L::load(x + j), kNothingSeen);
+  if (left) body(n - L::kCount, last, static_cast<int>(L::kCount - left));
+}
+
+// `value` in the lanes of one part whose logits are new, `otherwise` in those already seen.
+template <class T, int kPart, class F, class Seen>
+HOST_DEVICE F where_new(F value, F otherwise, Seen seen) {
+  if constexpr (std::is_same_v<Seen, int>) {
+    using L = LogitLanes<T>;
+    typename L::Index position;
+    for (int l = 0; l < kLanes<typename L::A>; ++l) position[l] = l * L::kParts + kPart;
+    return position >= seen ? value : otherwise;
+  }
+  return value;
+}
+
 template <class T>
 HOST_DEVICE accumulate_t<T> block_max(const T* x, int64_t n) {
   using A = accumulate_t<T>;
-  using W = Word<T>;
-  const int64_t words = n / W::kLogits;
-  A max = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t j = 0; j < words; ++j) {
-    const typename W::Bits word = W::of(x)[j];
-    const A first = W::first(word);
-    max = first > max ? first : max;
-    if constexpr (W::kLogits == 2) {
-      const A second = W::second(word);
-      max = second > max ? second : max;
-    }
-  }
-  if (W::kLogits == 2 && n % 2) {
-    const A last = static_cast<A>(x[n - 1]);
-    max = last > max ? last : max;
-  }
-  return max;
+  using F = Lanes<A>;
+  const F lowest = F{} - std::numeric_limits<A>::infinity();
+  F max = lowest;
+  for_lanes(x, n, [&](int64_t, const LogitLanes<T>& lanes, auto seen) {
+    for_constants<LogitLanes<T>::kParts>([&](auto part) {
+      const F value = where_new<T, part>(lanes.part[part], lowest, seen);
+      max = value > max ? value : max;
+    });
+  });
+  return fold_lanes<A>(max, [](F a, F b) { return a > b ? a : b; });
 }
-
-// One logit's part in the sums, relative to a reference value.
-template <bool kCapped, class A>
-struct Summand {
-  LogitMap<A> map;
-  A reference, to_log2, lowest;
-
-  HOST_DEVICE Summand(const LogitMap<A>& map, A reference)
-      : map(map),
-        reference(reference),
-        to_log2(kCapped ? static_cast<A>(kLog2E) : static_cast<A>(map.slope * kLog2E)),
-        lowest(kLowestExponent<A> / to_log2) {}  // where exp would underflow, next to nothing is added to a sum of at least 1
-
-  HOST_DEVICE void operator()(A x, A& value, A& below, A& e) const {
-    value = capped<kCapped>(x, map);
-    const A distance = value - reference;
-    below = lowest > distance ? lowest : distance;  // a NaN passes
-    e = exp2_bounded(below * to_log2);
-  }
-};
 
 // One read of a block: its sums relative to `reference`, a value of capped(), and its own maximum.
 template <bool kCapped, bool kEntropy, class T>
 HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumulate_t<T>>& map, accumulate_t<T> reference) {
   using A = accumulate_t<T>;
-  using W = Word<T>;
-  const Summand<kCapped, A> summand(map, reference);
-  const int64_t words = n / W::kLogits;
-  A max = -std::numeric_limits<A>::infinity(), sum = 0, dot = 0;
-#pragma omp simd reduction(max : max) reduction(+ : sum, dot)
-  for (int64_t j = 0; j < words; ++j) {
-    const typename W::Bits word = W::of(x)[j];
-    A value, below, e;
-    summand(W::first(word), value, below, e);
-    max = value > max ? value : max;
-    A sums = e, dots = below * e;
-    if constexpr (W::kLogits == 2) {
-      summand(W::second(word), value, below, e);
+  using F = Lanes<A>;
+  const A to_log2 = kCapped ? static_cast<A>(kLog2E) : static_cast<A>(map.slope * kLog2E);
+  const F underflow = F{} + kLowestExponent<A> / to_log2;  // next to nothing is added there to a sum of at least 1
+  const F lowest = F{} - std::numeric_limits<A>::infinity();
+  F max = lowest, sum{}, dot{};
+  for_lanes(x, n, [&](int64_t, const LogitLanes<T>& lanes, auto seen) {
+    for_constants<LogitLanes<T>::kParts>([&](auto part) {
+      const F value = where_new<T, part>(capped<kCapped>(lanes.part[part], map), lowest, seen);
       max = value > max ? value : max;
-      sums += e;
-      dots += below * e;
-    }
-    sum += sums;
-    if constexpr (kEntropy) dot += dots;
-  }
-  if (W::kLogits == 2 && n % 2) {
-    A value, below, e;
-    summand(static_cast<A>(x[n - 1]), value, below, e);
-    max = value > max ? value : max;
-    sum += e;
-    if constexpr (kEntropy) dot += below * e;
-  }
+      const F distance = value - reference;
+      const F below = underflow > distance ? underflow : distance;  // a NaN passes
+      const F e = exp2_bounded(below * to_log2);
+      sum += e;
+      if constexpr (kEntropy) dot += below * e;
+    });
+  });
+  const auto add = [](F a, F b) { return a + b; };
   const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
-  return {static_cast<double>(max), static_cast<double>(sum), slope * static_cast<double>(dot)};
+  return {static_cast<double>(fold_lanes<A>(max, [](F a, F b) { return a > b ? a : b; })), static_cast<double>(fold_lanes<A>(sum, add)),
+          kEntropy ? slope * static_cast<double>(fold_lanes<A>(dot, add)) : 0.0};
 }
 
-// How far above its reference a block may reach: exp stays finite, and so does its sum.
-constexpr double kHeadroom = 40.0;
+// How far a block may rise above its reference: exp and its sum must stay finite, and the sum for the entropy, a difference in
+// the end, must not lose digits.
+template <bool kEntropy> constexpr double kHeadroom = kEntropy ? 1.0 : 40.0;
 
-// The running maximum of earlier blocks is the reference of the next, so that a block is read once; only a block that rises
-// far above it, or stands first, is read a second time, out of L1.
+// The first logit, and later the maximum so far, is the reference of a block, so that a block is read once; one that rises far
+// above it is read again out of L1.
 template <bool kCapped, bool kEntropy, class T>
 CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map) {
   using A = accumulate_t<T>;
   SoftmaxSums total{kMinusInfinity, 0, 0};
   const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
+  double reference = capped<kCapped>(static_cast<A>(x[0]), map);
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    double reference = total.max;
-    SoftmaxSums block{kMinusInfinity, 0, 0};
+    SoftmaxSums block{std::numeric_limits<double>::infinity(), 0, 0};
     if (reference > kMinusInfinity) block = block_sums<kCapped, kEntropy>(x + start, n, map, static_cast<A>(reference));
-    if (reference == kMinusInfinity || (block.max - reference) * slope > kHeadroom) {
-      const double top = capped<kCapped>(block_max(x + start, n), map);
-      if (top == kMinusInfinity) {  // a row of -inf so far, or NaN, which a maximum does not see
+    if (!((block.max - reference) * slope <= kHeadroom<kEntropy>)) {
+      reference = capped<kCapped>(block_max(x + start, n), map);
+      if (reference == kMinusInfinity) {  // a row of -inf so far, or NaN, which a maximum does not see
         for (int64_t j = 0; j < n; ++j)
           if (x[start + j] != x[start + j]) total.sum = std::numeric_limits<double>::quiet_NaN();
         continue;
       }
-      reference = top;
-      block = block_sums<kCapped, kEntropy>(x + start, n, map, static_cast<A>(top));
+      block = block_sums<kCapped, kEntropy>(x + start, n, map, static_cast<A>(reference));
     }
-    const double block_top = block.max;
+    const double top = block.max;
     block.max = reference;
     merge(total, block, slope);
-    if (block_top > total.max) rescale(total, block_top, slope);
+    if (top > total.max) rescale(total, top, slope);
+    reference = total.max;
   }
   return total;
 }
 
 template <bool kCapped, bool kEntropy, class T>
 CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, RowGradient<kCapped, kEntropy, accumulate_t<T>> gradient) {
-  using A = accumulate_t<T>;
-  using W = Word<T>;
-  const int64_t words = vocab / W::kLogits;
-#pragma omp simd
-  for (int64_t j = 0; j < words; ++j) {
-    const typename W::Bits word = W::of(x)[j];
-    const A first = gradient(W::first(word), A(0));
-    if constexpr (W::kLogits == 2) W::of(dx)[j] = W::join(first, gradient(W::second(word), A(0)));
-    else dx[j] = first;
-  }
-  if (W::kLogits == 2 && vocab % 2) dx[vocab - 1] = narrow<T>(gradient(static_cast<A>(x[vocab - 1]), A(0)));
+  for_lanes(x, vocab, [&](int64_t first, LogitLanes<T> lanes, auto) {
+    for_constants<LogitLanes<T>::kParts>([&](auto part) { lanes.part[part] = gradient(lanes.part[part], accumulate_t<T>(0)); });
+    if (first >= 0) return lanes.store(dx + first);
+    T row[LogitLanes<T>::kCount];
+    lanes.store(row);
+    memcpy(static_cast<void*>(dx), row - first, sizeof(T) * vocab);
+  });
 }
 
 // Refused here, on one thread: an exception thrown inside parallel_for would lose its text.

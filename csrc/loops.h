@@ -26,16 +26,6 @@ HOST_DEVICE constexpr double fold_in(Fold fold, double a, double b) {
   return fold == Fold::kSum ? a + b : fold == Fold::kMin ? (b < a ? b : a) : (b > a ? b : a);
 }
 
-// f(k) for k = 0 .. kCount - 1 as constants: unrolled by the compiler's front end, where a pragma comes too late for SIMD.
-template <class F, int... k>
-HOST_DEVICE void for_constants(const F& f, std::integer_sequence<int, k...>) {
-  (f(std::integral_constant<int, k>{}), ...);
-}
-template <int kCount, class F>
-HOST_DEVICE void for_constants(const F& f) {
-  for_constants(f, std::make_integer_sequence<int, kCount>{});
-}
-
 template <class R>
 struct Terms {
   double at[R::kTerms];

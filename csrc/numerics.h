@@ -2,6 +2,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "device.h"
 
@@ -15,38 +16,48 @@ HOST_DEVICE To bit_cast(From from) {
   return to;
 }
 
+// f(k) for k = 0 .. kCount - 1 as constants: unrolled by the compiler's front end, where a pragma comes too late for SIMD.
+template <class F, int... k>
+HOST_DEVICE void for_constants(const F& f, std::integer_sequence<int, k...>) {
+  (f(std::integral_constant<int, k>{}), ...);
+}
+template <int kCount, class F>
+HOST_DEVICE void for_constants(const F& f) {
+  for_constants(f, std::make_integer_sequence<int, kCount>{});
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Logits of 16 bits, to float and back. On the CPU these are ours, without branches or calls, so that loops over them become SIMD.
 
-template <class T>
-HOST_DEVICE float from_bits16(uint32_t bits) {  // exact
+// F is a number or, on the CPU, Lanes of them; U its bits.
+template <class T, class F, class U>
+HOST_DEVICE F from_bits16(U bits) {  // exact
   if constexpr (std::is_same_v<T, BFloat16>) {
-    return bit_cast<float>(bits << 16);
+    return bit_cast<F>(bits << 16);
   } else {
     constexpr uint32_t kBias = 112u << 23;  // the difference of the exponents' biases
-    const uint32_t magnitude = (bits & 0x7fffu) << 13, moved = magnitude + kBias;
+    const U magnitude = (bits & 0x7fffu) << 13, moved = magnitude + kBias;
     // A subnormal half m 2^-24 goes by way of 2^-14 + m 2^-24: a float subnormal would slow the processor down.
-    const float subnormal = bit_cast<float>(moved + (1u << 23)) - 6.103515625e-5f;
-    const uint32_t special = magnitude >= (31u << 23) ? moved + kBias : moved;  // inf and NaN
-    const uint32_t value = magnitude < (1u << 23) ? bit_cast<uint32_t>(subnormal) : special;
-    return bit_cast<float>(value | ((bits & 0x8000u) << 16));
+    const U subnormal = bit_cast<U>(bit_cast<F>(moved + (1u << 23)) - 6.103515625e-5f);
+    const U normal = magnitude >= (31u << 23) ? moved + kBias : moved;  // inf and NaN move twice
+    return bit_cast<F>((magnitude < (1u << 23) ? subnormal : normal) | ((bits & 0x8000u) << 16));
   }
 }
 
-template <class T>
-HOST_DEVICE uint32_t to_bits16(float value) {  // to nearest, ties to even
-  const uint32_t bits = bit_cast<uint32_t>(value);
+template <class T, class U, class F>
+HOST_DEVICE U to_bits16(F value) {  // to nearest, ties to even
+  const U bits = bit_cast<U>(value), magnitude = bits & 0x7fffffffu;
+  const U zero{};
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return value != value ? 0x7fc0u : rounded;
+    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return magnitude > 0x7f800000u ? zero + 0x7fc0u : rounded;
   } else {
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+    const U normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
     // Adding 1/2 leaves a subnormal half in the low bits.
-    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
-    uint32_t rounded = magnitude < (113u << 23) ? subnormal : normal;
-    rounded = magnitude >= 0x477ff000u ? 0x7c00u : rounded;  // 65520 and more
-    rounded = magnitude > 0x7f800000u ? 0x7e00u : rounded;
+    const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+    U rounded = magnitude < (113u << 23) ? subnormal : normal;
+    rounded = magnitude >= 0x477ff000u ? zero + 0x7c00u : rounded;  // 65520 and more
+    rounded = magnitude > 0x7f800000u ? zero + 0x7e00u : rounded;
     return rounded | ((bits >> 16) & 0x8000u);
   }
 }
@@ -57,7 +68,7 @@ HOST_DEVICE T narrow(A value) {
 #if defined(__CUDA_ARCH__)
     return static_cast<T>(value);
 #else
-    return bit_cast<T>(static_cast<uint16_t>(to_bits16<T>(static_cast<float>(value))));
+    return bit_cast<T>(static_cast<uint16_t>(to_bits16<T, uint32_t>(static_cast<float>(value))));
 #endif
   } else {
     return static_cast<T>(value);
@@ -66,22 +77,55 @@ HOST_DEVICE T narrow(A value) {
 
 #if !defined(RLHF_DEVICE_CODE)
 
-// What a SIMD loop over logits takes at a time: one of them, or two of 16 bits, so that lanes are 32 bits wide throughout.
-template <class T>
-struct Word {
-  static constexpr int kLogits = sizeof(T) == 2 ? 2 : 1;
-  using Bits = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
-  typedef Bits type __attribute__((may_alias, aligned(alignof(T))));
+// 64 bytes of numbers: one register, or a few, of every instruction set. A loop over them adds in an order of its own
+// making, the same for all sets, where a SIMD reduction leaves order and the final sum to the compiler.
+template <class A> using Lanes __attribute__((vector_size(64))) = A;
+template <class A> using LaneIndex = Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
+template <class A> constexpr int kLanes = 64 / sizeof(A);
 
-  static HOST_DEVICE const type* of(const T* x) { return reinterpret_cast<const type*>(x); }
-  static HOST_DEVICE type* of(T* x) { return reinterpret_cast<type*>(x); }
-  static HOST_DEVICE accumulate_t<T> first(Bits word) {
-    if constexpr (kLogits == 2) return from_bits16<T>(word & 0xffffu);
-    else return word;
+// Logits as a loop takes them: one lane each, or two of 16 bits in one, so that all lanes are 32 bits wide.
+template <class T>
+struct LogitLanes {
+  using A = accumulate_t<T>;
+  using F = Lanes<A>;
+  using U = Lanes<uint32_t>;
+  using Index = LaneIndex<A>;
+  static constexpr bool kPaired = sizeof(T) == 2;
+  static constexpr int kParts = kPaired ? 2 : 1, kCount = kLanes<A> * kParts;
+
+  F part[kParts];  // the even ones and the odd ones, or all of them
+
+  static HOST_DEVICE LogitLanes load(const T* x) {
+    LogitLanes lanes;
+    if constexpr (kPaired) {
+      U words;
+      memcpy(&words, x, 64);
+      lanes.part[0] = from_bits16<T, F>(words & 0xffffu);
+      lanes.part[1] = from_bits16<T, F>(words >> 16);
+    } else {
+      memcpy(&lanes.part[0], x, 64);
+    }
+    return lanes;
   }
-  static HOST_DEVICE accumulate_t<T> second(Bits word) { return from_bits16<T>(word >> 16); }
-  static HOST_DEVICE Bits join(float first, float second) { return to_bits16<T>(first) | (to_bits16<T>(second) << 16); }
+  HOST_DEVICE void store(T* x) const {
+    if constexpr (kPaired) {
+      const U words = to_bits16<T, U>(part[0]) | (to_bits16<T, U>(part[1]) << 16);
+      memcpy(x, &words, 64);
+    } else {
+      memcpy(x, &part[0], 64);
+    }
+  }
 };
+
+// Folds the lanes in halves; op takes Lanes.
+template <class A, class Op>
+HOST_DEVICE A fold_lanes(Lanes<A> lanes, Op&& op) {
+  LaneIndex<A> own;
+  for (int l = 0; l < kLanes<A>; ++l) own[l] = l;
+  UNROLL
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) lanes = op(lanes, __builtin_shuffle(lanes, own ^ half));
+  return lanes[0];
+}
 
 #endif
 
@@ -119,24 +163,36 @@ HOST_DEVICE float exp_nonpositive(float x) {
 
 // 2^y for y <= 0, to 2e-7 relative; anything at most 1e-37 below -126, NaN at NaN and at -inf: the caller selects. Adding
 // kShift leaves round(y) in the low mantissa bits; the polynomial is the minimax one of 2^f on [-1/2, 1/2].
-HOST_DEVICE float exp2_bounded(float y) {
-#if defined(__CUDA_ARCH__)
-  return exp2f(y);
-#else
+template <class F, class U>
+HOST_DEVICE F exp2_polynomial(F y) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
-  const float shifted = y + kShift;
-  const float f = y - (shifted - kShift);
-  float p = 1.3264728182e-3f;
-  p = p * f + 9.6715137464e-3f;
+  const F shifted = y + kShift;
+  const F f = y - (shifted - kShift);
+  F p = f * 1.3264728182e-3f + 9.6715137464e-3f;
   p = p * f + 5.5507337510e-2f;
   p = p * f + 2.4022242069e-1f;
   p = p * f + 6.9314697759e-1f;
   p = p * f + 1.0f;
   // Unsigned: a NaN brings any bits here, and leaves through p.
-  return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
+  return bit_cast<F>(bit_cast<U>(p) + (bit_cast<U>(shifted) << 23));
+}
+
+HOST_DEVICE float exp2_bounded(float y) {
+#if defined(__CUDA_ARCH__)
+  return exp2f(y);
+#else
+  return exp2_polynomial<float, uint32_t>(y);
 #endif
 }
 HOST_DEVICE double exp2_bounded(double y) { return exp2(y); }
+
+#if !defined(RLHF_DEVICE_CODE)
+HOST_DEVICE Lanes<float> exp2_bounded(Lanes<float> y) { return exp2_polynomial<Lanes<float>, Lanes<uint32_t>>(y); }
+HOST_DEVICE Lanes<double> exp2_bounded(Lanes<double> y) {
+  for (int l = 0; l < kLanes<double>; ++l) y[l] = exp2(y[l]);
+  return y;
+}
+#endif
 
 HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
 

@@ -211,6 +211,8 @@ def number(
     none: float | None = None,
 ) -> float:
     """A finite number in [low, high], above `above`. None stands for `none` where that is given."""
+    if type(value) is float and low <= value <= high and (above is None or value > above) and value - value == 0:
+        return value
     if value is None and none is not None:
         return none
     if isinstance(value, bool) or not isinstance(value, int | float):
