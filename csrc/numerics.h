@@ -161,17 +161,18 @@ HOST_DEVICE float exp_nonpositive(float x) {
 #endif
 }
 
-// 2^y for y <= 0, to 2e-7 relative; anything at most 1e-37 below -126, NaN at NaN and at -inf: the caller selects. Adding
+// 2^y for y <= 0, to 1e-7 relative; anything at most 1e-37 below -126, NaN at NaN and at -inf: the caller selects. Adding
 // kShift leaves round(y) in the low mantissa bits; the polynomial is the minimax one of 2^f on [-1/2, 1/2].
 template <class F, class U>
 HOST_DEVICE F exp2_polynomial(F y) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
   const F shifted = y + kShift;
   const F f = y - (shifted - kShift);
-  F p = f * 1.3264728182e-3f + 9.6715137464e-3f;
-  p = p * f + 5.5507337510e-2f;
-  p = p * f + 2.4022242069e-1f;
-  p = p * f + 6.9314697759e-1f;
+  F p = f * 1.535335575e-04f + 1.339887445e-03f;
+  p = p * f + 9.618437376e-03f;
+  p = p * f + 5.550332471e-02f;
+  p = p * f + 2.402264791e-01f;
+  p = p * f + 6.931472029e-01f;
   p = p * f + 1.0f;
   // Unsigned: a NaN brings any bits here, and leaves through p.
   return bit_cast<F>(bit_cast<U>(p) + (bit_cast<U>(shifted) << 23));
