@@ -45,9 +45,13 @@
         "Tensor? normalizer, float normalizer_value) -> (Tensor, Tensor, Tensor)");                                                 \
   m.def("ppo_value_loss_backward(Tensor grad, Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor row_weight, "  \
         "float clip, bool need_values, bool need_old_values, bool need_returns) -> (Tensor, Tensor, Tensor)");                      \
-  m.def("reward_pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef) -> (Tensor, Tensor)");                 \
-  m.def("reward_pair_loss_backward(Tensor grad, Tensor chosen, Tensor rejected, Tensor? margin, float center_coef) "                \
-        "-> (Tensor, Tensor, Tensor)")
+  m.def("reward_pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef) -> (Tensor, Tensor, Tensor)");         \
+  m.def("reward_pair_loss_backward(Tensor grad, Tensor chosen, Tensor rejected, Tensor slopes, float center_coef, "                 \
+        "bool need_margin) -> (Tensor, Tensor, Tensor)");                                                                           \
+  m.def("dpo_loss(Tensor chosen, Tensor rejected, Tensor ref_chosen, Tensor ref_rejected, float beta, float tilt, "                 \
+        "int loss_type) -> (Tensor, Tensor, Tensor)");                                                                              \
+  m.def("dpo_loss_backward(Tensor grad, Tensor slopes, bool need_chosen, bool need_rejected, bool need_ref_chosen, "                \
+        "bool need_ref_rejected) -> (Tensor, Tensor, Tensor, Tensor)")
 
 #define RLHF_FAST_KERNELS(m, unit)                                                                            \
   m.impl("gather_logprobs", TORCH_BOX(&rlhf_fast::unit::gather_logprobs));                                    \
@@ -68,4 +72,6 @@
   m.impl("ppo_value_loss", TORCH_BOX(&rlhf_fast::unit::ppo_value_loss));                                      \
   m.impl("ppo_value_loss_backward", TORCH_BOX(&rlhf_fast::unit::ppo_value_loss_backward));                    \
   m.impl("reward_pair_loss", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss));                                  \
-  m.impl("reward_pair_loss_backward", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss_backward))
+  m.impl("reward_pair_loss_backward", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss_backward));                \
+  m.impl("dpo_loss", TORCH_BOX(&rlhf_fast::unit::dpo_loss));                                                  \
+  m.impl("dpo_loss_backward", TORCH_BOX(&rlhf_fast::unit::dpo_loss_backward))

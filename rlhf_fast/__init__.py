@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 from rlhf_fast.ops import (
+    dpo_loss,
     gae,
     gather_logprobs,
     kl_penalty,
@@ -42,6 +43,7 @@ def build_info() -> dict:
 __all__ = [
     "__version__",
     "build_info",
+    "dpo_loss",
     "gae",
     "gather_logprobs",
     "kl_penalty",

@@ -18,7 +18,7 @@ from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_ref
 from rlhf_fast.ops.logprob import gather_logprobs_reference
 from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
-from rlhf_fast.ops.preference import reward_pair_loss_reference
+from rlhf_fast.ops.preference import dpo_loss_reference, reward_pair_loss_reference
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 AGGREGATES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -237,6 +237,19 @@ def draw_reward_pair_loss(rng: random.Random) -> Call:
     return Call((chosen, chosen.clone() if rng.random() < 0.1 else rejected), kwargs)
 
 
+def draw_dpo_loss(rng: random.Random) -> Call:
+    n = rng.choice([0, 1, 2, 33, 4099])
+    dtype, scale = real_dtype(rng), rng.choice([1.0, 30.0, 2000.0])
+    sums = [-randn(rng, n, scale=scale, dtype=dtype).abs() for _ in range(2)]
+    kwargs = {"beta": rng.choice([0.1, 0.5, 1.0]), "loss_type": rng.choice(["sigmoid", "robust", "hinge", "ipo"])}
+    if kwargs["loss_type"] in ("sigmoid", "robust") and rng.random() < 0.5:
+        kwargs["label_smoothing"] = rng.choice([0.1, 0.4])
+    refs = [s + randn(rng, n, scale=rng.choice([0.0, 0.1, 10.0]), dtype=dtype) for s in sums]
+    if rng.random() < 0.2:  # ties: h = 0, and z = 1 where beta is 0.5 or 1
+        sums, refs = [s.round() for s in sums], [s.round() - rng.choice([0.0, 1.0, 2.0]) for s in sums]
+    return Call(tuple(restride(rng, t) for t in (*sums, *refs)), kwargs)
+
+
 OPS = {
     "gather_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_gather_logprobs),
     "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
@@ -247,6 +260,7 @@ OPS = {
     "ppo_policy_loss": Op(rlhf_fast.ppo_policy_loss, ppo_policy_loss_reference, draw_ppo_policy_loss, units=0.51),
     "ppo_value_loss": Op(rlhf_fast.ppo_value_loss, ppo_value_loss_reference, draw_ppo_value_loss, units=0.51),
     "reward_pair_loss": Op(rlhf_fast.reward_pair_loss, reward_pair_loss_reference, draw_reward_pair_loss, units=0.51),
+    "dpo_loss": Op(rlhf_fast.dpo_loss, dpo_loss_reference, draw_dpo_loss, units=0.51),
 }
 
 

@@ -33,6 +33,7 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
         "ppo_policy_loss": lambda: Call((real(B, T), real(B, T), real(B, T), mask), {"dual_clip": 2.0}),
         "ppo_value_loss": lambda: Call((real(B, T), real(B, T), real(B, T), mask), {}),
         "reward_pair_loss": lambda: Call((real(B), real(B)), {"margin": real(B), "center_coef": 0.01}),
+        "dpo_loss": lambda: Call((real(B), real(B), real(B), real(B)), {"beta": 0.5, "label_smoothing": 0.1}),
     }[name]()
 
 
@@ -354,6 +355,31 @@ BAD = [
     ),
     ("reward_pair_loss", (t(2, 1), t(2, 1)), {}, ValueError, r"`chosen` must be \[B\], got shape \[2, 1\]"),
     ("reward_pair_loss", (t(2), t(2)), {"margin": 1.0}, TypeError, "`margin` must be a tensor, got float"),
+    ("dpo_loss", (t(2), t(2), t(2), t(3)), {}, ValueError, r"`ref_rejected` has shape \[3\].*`chosen`, \[2\]"),
+    ("dpo_loss", (t(2, 1), t(2, 1), t(2, 1), t(2, 1)), {}, ValueError, r"`chosen` must be \[B\], got shape \[2, 1\]"),
+    ("dpo_loss", (t(2), t(2), None, t(2)), {}, TypeError, "`ref_chosen` must be a tensor, got NoneType"),
+    ("dpo_loss", (t(2), t(2), t(2), t(2)), {"beta": 0}, ValueError, "`beta` must be finite and above 0, got 0.0"),
+    (
+        "dpo_loss",
+        (t(2), t(2), t(2), t(2)),
+        {"label_smoothing": 0.5},
+        ValueError,
+        "`label_smoothing` must be below 0.5, got 0.5",
+    ),
+    (
+        "dpo_loss",
+        (t(2), t(2), t(2), t(2)),
+        {"label_smoothing": 0.1, "loss_type": "hinge"},
+        ValueError,
+        "`label_smoothing` must be 0 where `loss_type` is 'hinge', got 0.1",
+    ),
+    (
+        "dpo_loss",
+        (t(2), t(2), t(2), t(2)),
+        {"loss_type": "simpo"},
+        ValueError,
+        "`loss_type` must be one of 'sigmoid', 'robust', 'hinge', 'ipo', got 'simpo'",
+    ),
 ]
 
 

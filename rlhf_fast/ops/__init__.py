@@ -5,9 +5,10 @@ from rlhf_fast.ops.kl import kl_penalty, shape_rewards
 from rlhf_fast.ops.logprob import gather_logprobs
 from rlhf_fast.ops.masked import masked_mean, masked_whiten
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
-from rlhf_fast.ops.preference import reward_pair_loss
+from rlhf_fast.ops.preference import dpo_loss, reward_pair_loss
 
 __all__ = [
+    "dpo_loss",
     "gae",
     "gather_logprobs",
     "kl_penalty",
