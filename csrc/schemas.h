@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gae.h"
+#include "group.h"
 #include "kl.h"
 #include "logprob.h"
 #include "masked.h"
@@ -31,6 +32,9 @@
   m.def("gae_backward(Tensor grad_advantages, Tensor grad_returns, Tensor rewards, Tensor values, Tensor? mask, "                   \
         "Tensor? bootstrap, Tensor? lam_rows, Tensor? returns_lam_rows, Tensor? cu_seqlens, float gamma, float lam, "               \
         "float returns_lam, bool decay) -> (Tensor, Tensor, Tensor)");                                                              \
+  m.def("group_advantages(Tensor rewards, int group_size, int scale, bool leave_one_out, float eps) -> (Tensor, Tensor)");          \
+  m.def("group_advantages_backward(Tensor grad, Tensor rewards, Tensor moments, int group_size, int scale, bool leave_one_out, "    \
+        "float eps) -> Tensor");                                                                                                    \
   m.def("masked_mean(Tensor x, Tensor mask) -> (Tensor, Tensor)");                                                                  \
   m.def("masked_mean_backward(Tensor grad, Tensor mask, Tensor weight_sum) -> Tensor");                                             \
   m.def("masked_whiten(Tensor x, Tensor mask, bool shift_mean, bool unbiased, float eps) -> (Tensor, Tensor)");                     \
@@ -63,6 +67,8 @@
   m.impl("shape_rewards_backward", TORCH_BOX(&rlhf_fast::unit::shape_rewards_backward));                      \
   m.impl("gae", TORCH_BOX(&rlhf_fast::unit::gae));                                                            \
   m.impl("gae_backward", TORCH_BOX(&rlhf_fast::unit::gae_backward));                                          \
+  m.impl("group_advantages", TORCH_BOX(&rlhf_fast::unit::group_advantages));                                  \
+  m.impl("group_advantages_backward", TORCH_BOX(&rlhf_fast::unit::group_advantages_backward));                \
   m.impl("masked_mean", TORCH_BOX(&rlhf_fast::unit::masked_mean));                                            \
   m.impl("masked_mean_backward", TORCH_BOX(&rlhf_fast::unit::masked_mean_backward));                          \
   m.impl("masked_whiten", TORCH_BOX(&rlhf_fast::unit::masked_whiten));                                        \

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import rlhf_fast
 from rlhf_fast.ops.gae import gae_reference
+from rlhf_fast.ops.group import group_advantages_reference
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_reference
 from rlhf_fast.ops.logprob import gather_logprobs_reference
 from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
@@ -250,6 +251,20 @@ def draw_dpo_loss(rng: random.Random) -> Call:
     return Call(tuple(restride(rng, t) for t in (*sums, *refs)), kwargs)
 
 
+def draw_group_advantages(rng: random.Random) -> Call:
+    size = rng.choice([2, 3, 4, 8, 16, 33, 64, 257, 2048, 2049, 4100])
+    groups = rng.choice([0, 1, 2, 3, 9, 70] if size < 100 else [1, 2])
+    rewards = randn(rng, size * groups, scale=rng.choice([0.01, 1.0, 100.0]), dtype=real_dtype(rng)) + rng.choice(
+        [0, 3, -50]
+    )
+    if rng.random() < 0.3:
+        rewards = (rewards > rewards.mean()).to(rewards.dtype)  # right or wrong: groups without spread among them
+    if groups and rng.random() < 0.3:
+        rewards[:size] = rewards[0]
+    kwargs = {"scale": rng.choice(["std", "none", "batch"]), "leave_one_out": rng.random() < 0.4}
+    return Call((restride(rng, rewards), size), {**kwargs, "eps": rng.choice([1e-6, 1e-4, 0.1])})
+
+
 OPS = {
     "gather_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_gather_logprobs),
     "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
@@ -260,6 +275,7 @@ OPS = {
     "ppo_policy_loss": Op(rlhf_fast.ppo_policy_loss, ppo_policy_loss_reference, draw_ppo_policy_loss, units=0.51),
     "ppo_value_loss": Op(rlhf_fast.ppo_value_loss, ppo_value_loss_reference, draw_ppo_value_loss, units=0.51),
     "reward_pair_loss": Op(rlhf_fast.reward_pair_loss, reward_pair_loss_reference, draw_reward_pair_loss, units=0.51),
+    "group_advantages": Op(rlhf_fast.group_advantages, group_advantages_reference, draw_group_advantages, units=0.51),
     "dpo_loss": Op(rlhf_fast.dpo_loss, dpo_loss_reference, draw_dpo_loss, units=0.51),
 }
 
