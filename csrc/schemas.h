@@ -4,6 +4,7 @@
 
 #include "gae.h"
 #include "group.h"
+#include "kept.h"
 #include "kl.h"
 #include "logprob.h"
 #include "masked.h"
@@ -19,6 +20,15 @@
   m.def("gather_logprobs_backward_inplace(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, "          \
         "Tensor? temperature, Tensor? mask, Tensor row_stats, float temperature_value, float softcap, float logit_scale, "          \
         "int ignore_index) -> ()");                                                                                                 \
+  m.def("kept_logprobs(Tensor logits, Tensor labels, Tensor kept, Tensor? temperature, Tensor? mask, float temperature_value, "     \
+        "float softcap, float logit_scale, int ignore_index, bool with_entropy, bool inplace_backward) "                            \
+        "-> (Tensor, Tensor, Tensor)");                                                                                             \
+  m.def("kept_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor kept, "           \
+        "Tensor? temperature, Tensor? mask, Tensor row_stats, float temperature_value, float softcap, float logit_scale, "          \
+        "int ignore_index) -> Tensor");                                                                                             \
+  m.def("kept_logprobs_backward_inplace(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, "            \
+        "Tensor kept, Tensor? temperature, Tensor? mask, Tensor row_stats, float temperature_value, float softcap, "                \
+        "float logit_scale, int ignore_index) -> ()");                                                                              \
   m.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, bool straight_through, "                     \
         "float log_ratio_clip, float output_clip) -> Tensor");                                                                      \
   m.def("kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, "                      \
@@ -61,6 +71,9 @@
   m.impl("gather_logprobs", TORCH_BOX(&rlhf_fast::unit::gather_logprobs));                                    \
   m.impl("gather_logprobs_backward", TORCH_BOX(&rlhf_fast::unit::gather_logprobs_backward));                  \
   m.impl("gather_logprobs_backward_inplace", TORCH_BOX(&rlhf_fast::unit::gather_logprobs_backward_inplace));  \
+  m.impl("kept_logprobs", TORCH_BOX(&rlhf_fast::unit::kept_logprobs));                                        \
+  m.impl("kept_logprobs_backward", TORCH_BOX(&rlhf_fast::unit::kept_logprobs_backward));                      \
+  m.impl("kept_logprobs_backward_inplace", TORCH_BOX(&rlhf_fast::unit::kept_logprobs_backward_inplace));      \
   m.impl("kl_penalty", TORCH_BOX(&rlhf_fast::unit::kl_penalty));                                              \
   m.impl("kl_penalty_backward", TORCH_BOX(&rlhf_fast::unit::kl_penalty_backward));                            \
   m.impl("shape_rewards", TORCH_BOX(&rlhf_fast::unit::shape_rewards));                                        \

@@ -119,6 +119,27 @@ def draw_gather_logprobs(rng: random.Random) -> Call:
     return Call((restride(rng, logits, rows_only=rng.random() < 0.8), restride(rng, labels)), kwargs)
 
 
+def draw_kept_logprobs(rng: random.Random) -> Call:
+    call = draw_gather_logprobs(rng)
+    logits, labels = call.args
+    vocab = logits.shape[-1]
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    count = rng.choice([1, 2, 20, 33, 64, 300, 512])
+    kept = torch.randint(
+        0, vocab, (*labels.shape, count), generator=generator
+    )  # with repetitions where the set is large
+    kept[torch.rand(kept.shape, generator=generator) < rng.choice([0.0, 0.4])] = rng.choice([-1, -100])
+    place = torch.randint(0, count, (*labels.shape, 1), generator=generator)
+    label = labels.long().clamp(min=0).unsqueeze(-1)
+    others = torch.rand(label.shape, generator=generator) < rng.choice([0.0, 0.3])  # rows whose label was not kept
+    kept = torch.where(kept == label, (label + 1) % vocab, kept).scatter(
+        -1, place, torch.where(others, (label + 1) % vocab, label)
+    )
+    if torch.isinf(logits).any():  # the last logit is finite: a set of -inf alone has no distribution
+        kept = torch.cat([kept[..., :511], torch.full_like(label, vocab - 1)], -1)
+    return Call(call.args, {**call.kwargs, "kept": restride(rng, kept.to(rng.choice([torch.int32, torch.int64])))})
+
+
 def draw_pair_of_logprobs(rng, shape, dtype):
     logprobs = -randn(rng, *shape, dtype=dtype).abs() * rng.choice([0.1, 1.0, 10.0])
     other = (
@@ -267,6 +288,7 @@ def draw_group_advantages(rng: random.Random) -> Call:
 
 OPS = {
     "gather_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_gather_logprobs),
+    "kept_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_kept_logprobs),
     "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
     "shape_rewards": Op(rlhf_fast.shape_rewards, shape_rewards_reference, draw_shape_rewards, units=0.5),
     "gae": Op(rlhf_fast.gae, gae_reference, draw_gae, units=0.51),

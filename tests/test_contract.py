@@ -25,6 +25,13 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
     labels = torch.randint(0, V, (B, T), generator=generator)
     return {
         "gather_logprobs": lambda: Call((real(B, T, V), labels), {"with_entropy": True, "mask": mask, "softcap": 3.0}),
+        "kept_logprobs": lambda: Call(
+            (real(B, T, V), labels),
+            {
+                "kept": torch.stack([labels, (labels + 3) % V, labels, labels * 0 - 1, (labels + 1) % V], -1),
+                "with_entropy": True,
+            },
+        ),
         "kl_penalty": lambda: Call((real(B, T), real(B, T)), {"estimator": "k3", "mask": mask}),
         "shape_rewards": lambda: Call((real(B), real(B, T), real(B, T), mask), {"kl_coef": 0.1, "estimator": "k3"}),
         "gae": lambda: Call((real(B, T), real(B, T), mask), {"bootstrap": real(B), "returns_lam": 0.5}),
@@ -214,6 +221,42 @@ BAD = [
         {"with_entropy": 1},
         TypeError,
         "`with_entropy` must be True or False, got int",
+    ),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"kept": [0]}, TypeError, "`kept` must be a tensor, got list"),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": t(2, 3, 4)},
+        TypeError,
+        "`kept` must be int64 or int32, got Float",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": ints},
+        ValueError,
+        r"`kept` has shape \[2, 3\] but must have that of `labels` and one dimension more; `labels` is \[2, 3\]",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": t(2, 3, 513, dtype=torch.int64)},
+        ValueError,
+        "`kept` holds 513 ids a row; at most 512 are supported",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": torch.tensor([0, 5]).expand(2, 3, 2)},
+        ValueError,
+        "`kept` holds 5 at flat position 1; an id must be below 5, or negative for padding",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": ints.unsqueeze(-1) - 1},
+        ValueError,
+        "`kept` keeps no token at flat position 0 of `labels`: every id there is padding",
     ),
     (
         "kl_penalty",
