@@ -113,7 +113,7 @@ HOST_DEVICE KeptSums kept_sums(const T* x, const OwnIds<kLanes>& own, int count,
   return total;
 }
 
-// What a row of the forward pass keeps where its label is not in the set. No log-sum of 512 numbers is infinite otherwise.
+// What the forward pass leaves where the label is not in the set: no log-sum of 512 numbers is infinite otherwise.
 template <class A>
 HOST_DEVICE bool label_not_kept(const RowStats<A>& stats) {
   return stats.log_sum == std::numeric_limits<A>::infinity();
@@ -122,17 +122,17 @@ HOST_DEVICE bool label_not_kept(const RowStats<A>& stats) {
 template <bool kCapped, class T, class A>
 HOST_DEVICE RowStats<A> write_kept_row(const T* x, const KeptSums& s, const LogitMap<A>& map, int64_t label, int64_t vocab, double weight,
                                        A* logprob, A* entropy) {
-  // No id, a bad one, a bad label; or kept logits that are all -inf, or one of them +inf or NaN.
-  const bool broken = s.ids == 0 || s.outside > 0 || label < 0 || label >= vocab || !(s.sums.sum > 0);
+  const bool refused = s.ids == 0 || s.outside > 0 || label < 0 || label >= vocab;  // by the CPU; a CUDA kernel can only say NaN
+  const bool undefined = !(s.sums.sum > 0);                                         // all kept logits -inf, or one +inf or NaN
   const A nan = std::numeric_limits<A>::quiet_NaN(), infinity = std::numeric_limits<A>::infinity();
-  RowStats<A> stats = broken ? RowStats<A>{nan, nan, nan} : finish_row<A>(s.sums);
-  if (!broken && s.labels > 0) {
+  RowStats<A> stats = refused || undefined ? RowStats<A>{nan, nan, nan} : finish_row<A>(s.sums);
+  if (s.labels > 0 && !refused && !undefined) {
     write_row<kCapped>(x, stats, map, label, vocab, weight, false, logprob, entropy);
     return stats;
   }
-  *logprob = static_cast<A>(broken ? nan : weight * -infinity);
+  *logprob = static_cast<A>(refused || undefined ? nan : weight * -infinity);
   if (entropy) *entropy = static_cast<A>(weight * stats.entropy);
-  if (s.labels == 0) stats.log_sum = infinity;
+  if (s.labels == 0 && !refused) stats.log_sum = infinity;
   return stats;
 }
 
@@ -157,6 +157,7 @@ inline KeptCall kept_call(const char* op, const Tensor& logits, const Tensor& la
   const int64_t count = kept.size(labels.dim());
   CHECK_VALUE(count <= kMaxKept, op, ": `kept` holds ", count, " ids a row; at most ", kMaxKept, " are supported");
   check_same_device(op, "kept", kept, "logits", logits);
+  CHECK_VALUE(call.rows.vocab <= std::numeric_limits<int>::max(), op, ": `kept` needs a vocabulary below 2^31, got ", call.rows.vocab);
   const Tensor ids = dense(kept);
   return {call, ids, {ids.const_data_ptr(), ids.scalar_type() == ScalarType::Long, static_cast<int>(count), call.rows.vocab}};
 }

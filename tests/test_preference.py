@@ -98,7 +98,7 @@ def test_hinge_and_ipo_at_their_corners(device):
 
 
 def test_large_log_probs_keep_the_sign_of_their_difference(device):
-    # In float32 chosen - rejected is rounded to 4096.0625, and the difference to the reference's 4096.0625 is lost.
+    # In float32 both models' differences between the replies are rounded to 4096.0625, and h to 0.
     chosen, rejected = torch.tensor([-0.03125], device=device), torch.tensor([-4096.09375], device=device)
     ref_chosen, ref_rejected = torch.tensor([-0.0311], device=device), torch.tensor([-4096.09375], device=device)
     _, stats = dpo_loss(chosen, rejected, ref_chosen, ref_rejected)
