@@ -31,6 +31,13 @@ struct KeptIds {  // [rows, count]
     const int64_t id = raw(row, k);
     return id < 0 ? kPadding : id < vocab ? static_cast<int>(id) : kOutside;
   }
+  HOST_DEVICE bool ascend(int64_t row) const {  // up to the padding: nothing is there twice
+    for (int k = 1; k < count; ++k) {
+      const int previous = at(row, k - 1), id = at(row, k);
+      if (id != kPadding && !(0 <= previous && previous < id)) return false;
+    }
+    return true;
+  }
 };
 
 // A row is worked on by kLanes threads, each of which has the ids at places lane, lane + kLanes, ...; on the CPU by one with all.
@@ -59,8 +66,9 @@ struct OwnIds {
     });
   }
 
-  // An id that stands at an earlier place becomes padding. All pairs are compared: 131,000 at most, and no order is needed.
+  // An id that stands at an earlier place becomes padding. Without an order all pairs are compared, 131,000 at most.
   HOST_DEVICE void drop_repeated(const KeptIds& ids, int64_t row, int lane) {
+    if (ids.ascend(row)) return;
     for (int j = 0; j + 1 < ids.count; ++j) {
       const int earlier = ids.at(row, j);
       for_own<kLanes>(j + 1, ids.count, [&](int u) {

@@ -46,10 +46,15 @@ def test_a_set_has_no_order_no_repetition_and_no_padding(device):
     logits, labels, kept = draw(4, k=3, device=device)
     want = gather_logprobs(logits, labels, kept=kept, with_entropy=True)
     padding = torch.full_like(kept, -1)
+    ascending, first = kept.sort(-1).values, kept[:, :1]
     variants = (
         torch.cat([kept.flip(-1), padding], -1),
-        torch.cat([padding - 99, kept, kept, kept[:, :1]], -1),
+        torch.cat([padding - 99, kept, kept, first], -1),
         kept.int(),
+        torch.cat([ascending, padding], -1),
+        ascending.repeat_interleave(2, -1),
+        torch.cat([ascending, padding, ascending], -1),
+        torch.cat([first, padding[:, :1], first, kept], -1),
     )
     for variant in variants:
         x = logits.clone().requires_grad_()

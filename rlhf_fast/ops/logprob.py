@@ -55,7 +55,7 @@ def gather_logprobs(
             which then leaves the token out; slime adds the label to the set, which torch.cat([kept, labels.unsqueeze(-1)], -1)
             does here, and takes its entropy over all of V. An id of V or more, or a row with padding alone (prime-rl normalises
             such a row over V), is a ValueError on the CPU and NaN in its row on CUDA; masked and ignored rows may hold anything.
-            Only K logits a row are read.
+            Only K logits a row are read; ascending ids are the fastest.
         with_entropy: also return the entropy -sum p log p, in nats.
         inplace_backward: write the gradient over the logits' own memory. Only where nothing else reads them afterwards; a
             second backward is an error.
