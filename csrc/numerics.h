@@ -225,9 +225,31 @@ HOST_DEVICE double exp_any(double x) {
   return p * bit_cast<double>((half + 1023u) << 52) * bit_cast<double>((exponent - half + 1023u) << 52);
 }
 
-// log(1 + exp(x)) without overflow; and its derivative, the logistic function.
-HOST_DEVICE double softplus(double x) { return (x > 0 ? x : 0.0) + log1p(exp(x > 0 ? -x : x)); }
-HOST_DEVICE double sigmoid(double x) { return x >= 0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x)); }
+// log(1 + exp(x)) without overflow, and its derivative, the logistic function, within 2.5 ulp; no branch and no call here either.
+// With e = exp(-|x|) and f = e, or above sqrt(2) - 1 f = (e - 1) / 2 with log 2 added at the end: log(1 + f) = 2 atanh(s),
+// s = f / (2 + f), |s| <= 0.172, where eleven terms of the series leave 3e-17; put together so that f itself enters unrounded.
+HOST_DEVICE double softplus(double x) {
+  const double e = exp_any(x > 0 ? -x : x);
+  const bool halve = e > 0.41421356237309505;
+  const double f = halve ? 0.5 * e - 0.5 : e;
+  const double s = f / (2.0 + f), square = s * s, half_f2 = 0.5 * f * f;
+  double p = 2.0 / 21;
+  p = p * square + 2.0 / 19;
+  p = p * square + 2.0 / 17;
+  p = p * square + 2.0 / 15;
+  p = p * square + 2.0 / 13;
+  p = p * square + 2.0 / 11;
+  p = p * square + 2.0 / 9;
+  p = p * square + 2.0 / 7;
+  p = p * square + 2.0 / 5;
+  p = p * square + 2.0 / 3;
+  const double log1p_f = f - (half_f2 - s * (half_f2 + square * p));
+  return (x > 0 ? x : 0.0) + (log1p_f + (halve ? 0.69314718055994531 : 0.0));
+}
+HOST_DEVICE double sigmoid(double x) {
+  const double e = exp_any(x > 0 ? -x : x);
+  return (x > 0 ? 1.0 : e) / (1.0 + e);
+}
 
 // The derivative of clamp(x, low, high) as torch defines it: 1 on the closed interval.
 HOST_DEVICE double clamp_slope(double x, double low, double high) { return (x >= low) & (x <= high) ? 1.0 : 0.0; }

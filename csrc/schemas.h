@@ -3,6 +3,8 @@
 #pragma once
 
 #include "gae.h"
+#include "group.h"
+#include "kept.h"
 #include "kl.h"
 #include "logprob.h"
 #include "masked.h"
@@ -18,6 +20,15 @@
   m.def("gather_logprobs_backward_inplace(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, "          \
         "Tensor? temperature, Tensor? mask, Tensor row_stats, float temperature_value, float softcap, float logit_scale, "          \
         "int ignore_index) -> ()");                                                                                                 \
+  m.def("kept_logprobs(Tensor logits, Tensor labels, Tensor kept, Tensor? temperature, Tensor? mask, float temperature_value, "     \
+        "float softcap, float logit_scale, int ignore_index, bool with_entropy, bool inplace_backward) "                            \
+        "-> (Tensor, Tensor, Tensor)");                                                                                             \
+  m.def("kept_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor kept, "           \
+        "Tensor? temperature, Tensor? mask, Tensor row_stats, float temperature_value, float softcap, float logit_scale, "          \
+        "int ignore_index) -> Tensor");                                                                                             \
+  m.def("kept_logprobs_backward_inplace(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, "            \
+        "Tensor kept, Tensor? temperature, Tensor? mask, Tensor row_stats, float temperature_value, float softcap, "                \
+        "float logit_scale, int ignore_index) -> ()");                                                                              \
   m.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, bool straight_through, "                     \
         "float log_ratio_clip, float output_clip) -> Tensor");                                                                      \
   m.def("kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, "                      \
@@ -31,6 +42,9 @@
   m.def("gae_backward(Tensor grad_advantages, Tensor grad_returns, Tensor rewards, Tensor values, Tensor? mask, "                   \
         "Tensor? bootstrap, Tensor? lam_rows, Tensor? returns_lam_rows, Tensor? cu_seqlens, float gamma, float lam, "               \
         "float returns_lam, bool decay) -> (Tensor, Tensor, Tensor)");                                                              \
+  m.def("group_advantages(Tensor rewards, int group_size, int scale, bool leave_one_out, float eps) -> (Tensor, Tensor)");          \
+  m.def("group_advantages_backward(Tensor grad, Tensor rewards, Tensor moments, int group_size, int scale, bool leave_one_out, "    \
+        "float eps) -> Tensor");                                                                                                    \
   m.def("masked_mean(Tensor x, Tensor mask) -> (Tensor, Tensor)");                                                                  \
   m.def("masked_mean_backward(Tensor grad, Tensor mask, Tensor weight_sum) -> Tensor");                                             \
   m.def("masked_whiten(Tensor x, Tensor mask, bool shift_mean, bool unbiased, float eps) -> (Tensor, Tensor)");                     \
@@ -45,20 +59,29 @@
         "Tensor? normalizer, float normalizer_value) -> (Tensor, Tensor, Tensor)");                                                 \
   m.def("ppo_value_loss_backward(Tensor grad, Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor row_weight, "  \
         "float clip, bool need_values, bool need_old_values, bool need_returns) -> (Tensor, Tensor, Tensor)");                      \
-  m.def("reward_pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef) -> (Tensor, Tensor)");                 \
-  m.def("reward_pair_loss_backward(Tensor grad, Tensor chosen, Tensor rejected, Tensor? margin, float center_coef) "                \
-        "-> (Tensor, Tensor, Tensor)")
+  m.def("reward_pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef) -> (Tensor, Tensor, Tensor)");         \
+  m.def("reward_pair_loss_backward(Tensor grad, Tensor chosen, Tensor rejected, Tensor slopes, float center_coef, "                 \
+        "bool need_margin) -> (Tensor, Tensor, Tensor)");                                                                           \
+  m.def("dpo_loss(Tensor chosen, Tensor rejected, Tensor ref_chosen, Tensor ref_rejected, float beta, float tilt, "                 \
+        "int loss_type) -> (Tensor, Tensor, Tensor)");                                                                              \
+  m.def("dpo_loss_backward(Tensor grad, Tensor slopes, bool need_chosen, bool need_rejected, bool need_ref_chosen, "                \
+        "bool need_ref_rejected) -> (Tensor, Tensor, Tensor, Tensor)")
 
 #define RLHF_FAST_KERNELS(m, unit)                                                                            \
   m.impl("gather_logprobs", TORCH_BOX(&rlhf_fast::unit::gather_logprobs));                                    \
   m.impl("gather_logprobs_backward", TORCH_BOX(&rlhf_fast::unit::gather_logprobs_backward));                  \
   m.impl("gather_logprobs_backward_inplace", TORCH_BOX(&rlhf_fast::unit::gather_logprobs_backward_inplace));  \
+  m.impl("kept_logprobs", TORCH_BOX(&rlhf_fast::unit::kept_logprobs));                                        \
+  m.impl("kept_logprobs_backward", TORCH_BOX(&rlhf_fast::unit::kept_logprobs_backward));                      \
+  m.impl("kept_logprobs_backward_inplace", TORCH_BOX(&rlhf_fast::unit::kept_logprobs_backward_inplace));      \
   m.impl("kl_penalty", TORCH_BOX(&rlhf_fast::unit::kl_penalty));                                              \
   m.impl("kl_penalty_backward", TORCH_BOX(&rlhf_fast::unit::kl_penalty_backward));                            \
   m.impl("shape_rewards", TORCH_BOX(&rlhf_fast::unit::shape_rewards));                                        \
   m.impl("shape_rewards_backward", TORCH_BOX(&rlhf_fast::unit::shape_rewards_backward));                      \
   m.impl("gae", TORCH_BOX(&rlhf_fast::unit::gae));                                                            \
   m.impl("gae_backward", TORCH_BOX(&rlhf_fast::unit::gae_backward));                                          \
+  m.impl("group_advantages", TORCH_BOX(&rlhf_fast::unit::group_advantages));                                  \
+  m.impl("group_advantages_backward", TORCH_BOX(&rlhf_fast::unit::group_advantages_backward));                \
   m.impl("masked_mean", TORCH_BOX(&rlhf_fast::unit::masked_mean));                                            \
   m.impl("masked_mean_backward", TORCH_BOX(&rlhf_fast::unit::masked_mean_backward));                          \
   m.impl("masked_whiten", TORCH_BOX(&rlhf_fast::unit::masked_whiten));                                        \
@@ -68,4 +91,6 @@
   m.impl("ppo_value_loss", TORCH_BOX(&rlhf_fast::unit::ppo_value_loss));                                      \
   m.impl("ppo_value_loss_backward", TORCH_BOX(&rlhf_fast::unit::ppo_value_loss_backward));                    \
   m.impl("reward_pair_loss", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss));                                  \
-  m.impl("reward_pair_loss_backward", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss_backward))
+  m.impl("reward_pair_loss_backward", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss_backward));                \
+  m.impl("dpo_loss", TORCH_BOX(&rlhf_fast::unit::dpo_loss));                                                  \
+  m.impl("dpo_loss_backward", TORCH_BOX(&rlhf_fast::unit::dpo_loss_backward))

@@ -16,8 +16,10 @@ except ImportError as error:
     ) from error
 
 from rlhf_fast.ops import (
+    dpo_loss,
     gae,
     gather_logprobs,
+    group_advantages,
     kl_penalty,
     masked_mean,
     masked_whiten,
@@ -42,8 +44,10 @@ def build_info() -> dict:
 __all__ = [
     "__version__",
     "build_info",
+    "dpo_loss",
     "gae",
     "gather_logprobs",
+    "group_advantages",
     "kl_penalty",
     "masked_mean",
     "masked_whiten",

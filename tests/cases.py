@@ -14,11 +14,12 @@ from torch import Tensor
 
 import rlhf_fast
 from rlhf_fast.ops.gae import gae_reference
+from rlhf_fast.ops.group import group_advantages_reference
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_reference
 from rlhf_fast.ops.logprob import gather_logprobs_reference
 from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
-from rlhf_fast.ops.preference import reward_pair_loss_reference
+from rlhf_fast.ops.preference import dpo_loss_reference, reward_pair_loss_reference
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 AGGREGATES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -116,6 +117,27 @@ def draw_gather_logprobs(rng: random.Random) -> Call:
     if rng.random() < 0.3:
         labels = labels.to(torch.int32)
     return Call((restride(rng, logits, rows_only=rng.random() < 0.8), restride(rng, labels)), kwargs)
+
+
+def draw_kept_logprobs(rng: random.Random) -> Call:
+    call = draw_gather_logprobs(rng)
+    logits, labels = call.args
+    vocab = logits.shape[-1]
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    count = rng.choice([1, 2, 20, 33, 64, 300, 512])
+    kept = torch.randint(
+        0, vocab, (*labels.shape, count), generator=generator
+    )  # with repetitions where the set is large
+    kept[torch.rand(kept.shape, generator=generator) < rng.choice([0.0, 0.4])] = rng.choice([-1, -100])
+    place = torch.randint(0, count, (*labels.shape, 1), generator=generator)
+    label = labels.long().clamp(min=0).unsqueeze(-1)
+    others = torch.rand(label.shape, generator=generator) < rng.choice([0.0, 0.3])  # rows whose label was not kept
+    kept = torch.where(kept == label, (label + 1) % vocab, kept).scatter(
+        -1, place, torch.where(others, (label + 1) % vocab, label)
+    )
+    if torch.isinf(logits).any():  # the last logit is finite: a set of -inf alone has no distribution
+        kept = torch.cat([kept[..., :511], torch.full_like(label, vocab - 1)], -1)
+    return Call(call.args, {**call.kwargs, "kept": restride(rng, kept.to(rng.choice([torch.int32, torch.int64])))})
 
 
 def draw_pair_of_logprobs(rng, shape, dtype):
@@ -237,8 +259,36 @@ def draw_reward_pair_loss(rng: random.Random) -> Call:
     return Call((chosen, chosen.clone() if rng.random() < 0.1 else rejected), kwargs)
 
 
+def draw_dpo_loss(rng: random.Random) -> Call:
+    n = rng.choice([0, 1, 2, 33, 4099])
+    dtype, scale = real_dtype(rng), rng.choice([1.0, 30.0, 2000.0])
+    sums = [-randn(rng, n, scale=scale, dtype=dtype).abs() for _ in range(2)]
+    kwargs = {"beta": rng.choice([0.1, 0.5, 1.0]), "loss_type": rng.choice(["sigmoid", "robust", "hinge", "ipo"])}
+    if kwargs["loss_type"] in ("sigmoid", "robust") and rng.random() < 0.5:
+        kwargs["label_smoothing"] = rng.choice([0.1, 0.4])
+    refs = [s + randn(rng, n, scale=rng.choice([0.0, 0.1, 10.0]), dtype=dtype) for s in sums]
+    if rng.random() < 0.2:  # ties: h = 0, and z = 1 where beta is 0.5 or 1
+        sums, refs = [s.round() for s in sums], [s.round() - rng.choice([0.0, 1.0, 2.0]) for s in sums]
+    return Call(tuple(restride(rng, t) for t in (*sums, *refs)), kwargs)
+
+
+def draw_group_advantages(rng: random.Random) -> Call:
+    size = rng.choice([2, 3, 4, 8, 16, 33, 64, 257, 2048, 2049, 4100])
+    groups = rng.choice([0, 1, 2, 3, 9, 70] if size < 100 else [1, 2])
+    rewards = randn(rng, size * groups, scale=rng.choice([0.01, 1.0, 100.0]), dtype=real_dtype(rng)) + rng.choice(
+        [0, 3, -50]
+    )
+    if rng.random() < 0.3:
+        rewards = (rewards > rewards.mean()).to(rewards.dtype)  # right or wrong: groups without spread among them
+    if groups and rng.random() < 0.3:
+        rewards[:size] = rewards[0]
+    kwargs = {"scale": rng.choice(["std", "none", "batch"]), "leave_one_out": rng.random() < 0.4}
+    return Call((restride(rng, rewards), size), {**kwargs, "eps": rng.choice([1e-6, 1e-4, 0.1])})
+
+
 OPS = {
     "gather_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_gather_logprobs),
+    "kept_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_kept_logprobs),
     "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
     "shape_rewards": Op(rlhf_fast.shape_rewards, shape_rewards_reference, draw_shape_rewards, units=0.5),
     "gae": Op(rlhf_fast.gae, gae_reference, draw_gae, units=0.51),
@@ -247,6 +297,8 @@ OPS = {
     "ppo_policy_loss": Op(rlhf_fast.ppo_policy_loss, ppo_policy_loss_reference, draw_ppo_policy_loss, units=0.51),
     "ppo_value_loss": Op(rlhf_fast.ppo_value_loss, ppo_value_loss_reference, draw_ppo_value_loss, units=0.51),
     "reward_pair_loss": Op(rlhf_fast.reward_pair_loss, reward_pair_loss_reference, draw_reward_pair_loss, units=0.51),
+    "group_advantages": Op(rlhf_fast.group_advantages, group_advantages_reference, draw_group_advantages, units=0.51),
+    "dpo_loss": Op(rlhf_fast.dpo_loss, dpo_loss_reference, draw_dpo_loss, units=0.51),
 }
 
 

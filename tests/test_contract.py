@@ -25,6 +25,13 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
     labels = torch.randint(0, V, (B, T), generator=generator)
     return {
         "gather_logprobs": lambda: Call((real(B, T, V), labels), {"with_entropy": True, "mask": mask, "softcap": 3.0}),
+        "kept_logprobs": lambda: Call(
+            (real(B, T, V), labels),
+            {
+                "kept": torch.stack([labels, (labels + 3) % V, labels, labels * 0 - 1, (labels + 1) % V], -1),
+                "with_entropy": True,
+            },
+        ),
         "kl_penalty": lambda: Call((real(B, T), real(B, T)), {"estimator": "k3", "mask": mask}),
         "shape_rewards": lambda: Call((real(B), real(B, T), real(B, T), mask), {"kl_coef": 0.1, "estimator": "k3"}),
         "gae": lambda: Call((real(B, T), real(B, T), mask), {"bootstrap": real(B), "returns_lam": 0.5}),
@@ -33,6 +40,8 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
         "ppo_policy_loss": lambda: Call((real(B, T), real(B, T), real(B, T), mask), {"dual_clip": 2.0}),
         "ppo_value_loss": lambda: Call((real(B, T), real(B, T), real(B, T), mask), {}),
         "reward_pair_loss": lambda: Call((real(B), real(B)), {"margin": real(B), "center_coef": 0.01}),
+        "group_advantages": lambda: Call((real(4 * B),), {"group_size": 4, "leave_one_out": True}),
+        "dpo_loss": lambda: Call((real(B), real(B), real(B), real(B)), {"beta": 0.5, "label_smoothing": 0.1}),
     }[name]()
 
 
@@ -213,6 +222,42 @@ BAD = [
         TypeError,
         "`with_entropy` must be True or False, got int",
     ),
+    ("gather_logprobs", (t(2, 3, 5), ints), {"kept": [0]}, TypeError, "`kept` must be a tensor, got list"),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": t(2, 3, 4)},
+        TypeError,
+        "`kept` must be int64 or int32, got Float",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": ints},
+        ValueError,
+        r"`kept` has shape \[2, 3\] but must have that of `labels` and one dimension more; `labels` is \[2, 3\]",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": t(2, 3, 513, dtype=torch.int64)},
+        ValueError,
+        "`kept` holds 513 ids a row; at most 512 are supported",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": torch.tensor([0, 5]).expand(2, 3, 2)},
+        ValueError,
+        "`kept` holds 5 at flat position 1; an id must be below 5, or negative for padding",
+    ),
+    (
+        "gather_logprobs",
+        (t(2, 3, 5), ints),
+        {"kept": ints.unsqueeze(-1) - 1},
+        ValueError,
+        "`kept` keeps no token at flat position 0 of `labels`: every id there is padding",
+    ),
     (
         "kl_penalty",
         (t(2), t(3)),
@@ -354,6 +399,58 @@ BAD = [
     ),
     ("reward_pair_loss", (t(2, 1), t(2, 1)), {}, ValueError, r"`chosen` must be \[B\], got shape \[2, 1\]"),
     ("reward_pair_loss", (t(2), t(2)), {"margin": 1.0}, TypeError, "`margin` must be a tensor, got float"),
+    (
+        "group_advantages",
+        (t(6), 4),
+        {},
+        ValueError,
+        "`rewards` holds 6 values, which is no multiple of `group_size`, 4",
+    ),
+    ("group_advantages", (t(6), 1), {}, ValueError, "`group_size` must be at least 2, got 1"),
+    ("group_advantages", (t(6), True), {}, TypeError, "`group_size` must be an integer, got bool"),
+    ("group_advantages", (t(6), 2.0), {}, TypeError, "`group_size` must be an integer, got float"),
+    ("group_advantages", (t(2, 3), 3), {}, ValueError, r"`rewards` must be \[B\], got shape \[2, 3\]"),
+    (
+        "group_advantages",
+        (t(6, dtype=torch.bool), 2),
+        {},
+        TypeError,
+        "`rewards` must be floating point, got torch.bool",
+    ),
+    (
+        "group_advantages",
+        (t(6), 2),
+        {"scale": "group"},
+        ValueError,
+        "`scale` must be one of 'std', 'none', 'batch', got 'group'",
+    ),
+    ("group_advantages", (t(6), 2), {"eps": -1.0}, ValueError, "`eps` must be finite and at least 0, got -1.0"),
+    ("group_advantages", (t(6), 2), {"leave_one_out": 1}, TypeError, "`leave_one_out` must be True or False, got int"),
+    ("dpo_loss", (t(2), t(2), t(2), t(3)), {}, ValueError, r"`ref_rejected` has shape \[3\].*`chosen`, \[2\]"),
+    ("dpo_loss", (t(2, 1), t(2, 1), t(2, 1), t(2, 1)), {}, ValueError, r"`chosen` must be \[B\], got shape \[2, 1\]"),
+    ("dpo_loss", (t(2), t(2), None, t(2)), {}, TypeError, "`ref_chosen` must be a tensor, got NoneType"),
+    ("dpo_loss", (t(2), t(2), t(2), t(2)), {"beta": 0}, ValueError, "`beta` must be finite and above 0, got 0.0"),
+    (
+        "dpo_loss",
+        (t(2), t(2), t(2), t(2)),
+        {"label_smoothing": 0.5},
+        ValueError,
+        "`label_smoothing` must be below 0.5, got 0.5",
+    ),
+    (
+        "dpo_loss",
+        (t(2), t(2), t(2), t(2)),
+        {"label_smoothing": 0.1, "loss_type": "hinge"},
+        ValueError,
+        "`label_smoothing` must be 0 where `loss_type` is 'hinge', got 0.1",
+    ),
+    (
+        "dpo_loss",
+        (t(2), t(2), t(2), t(2)),
+        {"loss_type": "simpo"},
+        ValueError,
+        "`loss_type` must be one of 'sigmoid', 'robust', 'hinge', 'ipo', got 'simpo'",
+    ),
 ]
 
 

@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._common import Kernel, flag, need_tensor, number, optional_mask, register, weights_reference
+from rlhf_fast.ops._common import (
+    Kernel,
+    flag,
+    need_tensor,
+    number,
+    optional_mask,
+    optional_tensor,
+    register,
+    weights_reference,
+)
+from rlhf_fast.ops.kept import keep_only, kept_logprobs
 
 _forward = Kernel("gather_logprobs")
 _backward = Kernel("gather_logprobs_backward")
@@ -19,6 +29,7 @@ def gather_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     with_entropy: bool = False,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -38,6 +49,13 @@ def gather_logprobs(
         logit_scale: above 0, as Cohere's `logit_scale`.
         ignore_index: rows with this label give 0 and get no gradient.
         mask: [...], bool, integer (0 or not) or floating point (a weight that multiplies); rows with 0 give 0 and no gradient.
+        kept: [..., K], int64 or int32, K at most 512: the tokens that top-k or top-p sampling kept. p is then normalised over
+            them alone, and so is the entropy ("Keep Sampling Mask", DeepSeek-V3.2, arXiv 2512.02556). Negative ids are padding,
+            an id given twice counts once. A label that was not kept has log-prob -inf and its row gets no gradient, as NeMo-RL,
+            which then leaves the token out; slime adds the label to the set, which torch.cat([kept, labels.unsqueeze(-1)], -1)
+            does here, and takes its entropy over all of V. An id of V or more, or a row with padding alone (prime-rl normalises
+            such a row over V), is a ValueError on the CPU and NaN in its row on CUDA; masked and ignored rows may hold anything.
+            Only K logits a row are read; ascending ids are the fastest.
         with_entropy: also return the entropy -sum p log p, in nats.
         inplace_backward: write the gradient over the logits' own memory. Only where nothing else reads them afterwards; a
             second backward is an error.
@@ -52,6 +70,7 @@ def gather_logprobs(
     need_tensor(op, "logits", logits)
     need_tensor(op, "labels", labels)
     mask = optional_mask(op, mask)
+    kept = optional_tensor(op, "kept", kept)
     flag(op, "with_entropy", with_entropy)
     flag(op, "inplace_backward", inplace_backward)
     cap = number(op, "softcap", softcap, above=0.0, none=0.0)
@@ -78,10 +97,13 @@ def gather_logprobs(
                 f"{op}: `labels` has shape {list(shape)} but must have {list(logits.shape[:-1])}, that of `logits` without V"
             )
         logits, labels, taus, mask = logits.flatten(0, -2), labels.flatten(), _flat(taus), _flat(mask)
+        kept = kept if kept is None else kept.flatten(0, -2)
 
-    logprobs, entropy, _ = _forward(
-        logits, labels, taus, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward
-    )
+    options = (taus, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward)
+    if kept is None:
+        logprobs, entropy, _ = _forward(logits, labels, *options)
+    else:
+        logprobs, entropy, _ = kept_logprobs(logits, labels, kept, *options)
     if logprobs.shape != shape:
         logprobs, entropy = logprobs.view(shape), entropy.view(shape) if with_entropy else entropy
     return (logprobs, entropy) if with_entropy else logprobs
@@ -96,6 +118,7 @@ def gather_logprobs_reference(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     with_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`gather_logprobs` in plain torch, in the dtype of the logits: its specification, and the oracle of its tests."""
@@ -103,6 +126,8 @@ def gather_logprobs_reference(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     z = z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature)
+    if kept is not None:
+        z = keep_only(z, labels, kept)
     log_p = z.log_softmax(-1)
     keep = labels != ignore_index
     logprobs = log_p.gather(-1, labels.long().where(keep, torch.zeros_like(labels.long())).unsqueeze(-1)).squeeze(-1)
