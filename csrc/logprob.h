@@ -383,23 +383,23 @@ HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumul
           kEntropy ? slope * static_cast<double>(fold_lanes<A>(dot, add)) : 0.0};
 }
 
-// How far a block may rise above its reference: exp and its sum must stay finite, and the sum for the entropy, a difference in
-// the end, must not lose digits.
-template <bool kEntropy> constexpr double kHeadroom = kEntropy ? 1.0 : 40.0;
+// How far, in nats, a block may rise above its reference: the rounding of an exponent, and of the difference that the entropy
+// is in the end, grows with the distance.
+constexpr double kHeadroom = 1.0;
 
-// The first logit, and later the maximum so far, is the reference of a block, so that a block is read once; one that rises far
-// above it is read again out of L1.
+// The maximum so far is the reference of the next block, so that it is read once; the first block, and one that rises above the
+// headroom, is read again out of L1.
 template <bool kCapped, bool kEntropy, class T>
 CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map) {
   using A = accumulate_t<T>;
   SoftmaxSums total{kMinusInfinity, 0, 0};
   const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
-  double reference = capped<kCapped>(static_cast<A>(x[0]), map);
+  double reference = kMinusInfinity;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
     SoftmaxSums block{std::numeric_limits<double>::infinity(), 0, 0};
     if (reference > kMinusInfinity) block = block_sums<kCapped, kEntropy>(x + start, n, map, static_cast<A>(reference));
-    if (!((block.max - reference) * slope <= kHeadroom<kEntropy>)) {
+    if (!((block.max - reference) * slope <= kHeadroom)) {
       reference = capped<kCapped>(block_max(x + start, n), map);
       if (reference == kMinusInfinity) {  // a row of -inf so far, or NaN, which a maximum does not see
         for (int64_t j = 0; j < n; ++j)
