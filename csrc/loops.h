@@ -1,12 +1,14 @@
 // The two shapes that every O(tokens) op has, written once for both devices.
 //
-//   for_each(rows, length, mask, f)      f(row, i, weight) for each token, i = row * length + t
-//   reduce_rows(rows, length, mask, r)   per row, K numbers folded over its tokens
+//   for_each(rows, mask, f)      f(row, i, weight) for each token i of each row
+//   reduce_rows(rows, mask, r)   per row, K numbers folded over its tokens
 //
-// Both go through a row in chunks, so that nobody divides by the length and one long packed row still keeps every core busy.
+// Rows are those of a padded [B, T] tensor or of a packed [N] one. Both go through a row in chunks, so that nobody divides by
+// the length and one long packed row still keeps every core busy.
 //
 // f and r are small structs of pointers and options whose HOST_DEVICE members hold the op's arithmetic. All of it is done in
-// double: these ops move few bytes, and a correctly rounded result costs next to nothing (6 % for GAE on a CPU).
+// double: these ops move few bytes, and a correctly rounded result costs next to nothing (6 % for GAE on a CPU). One that has
+// a member of_row(row) is replaced by what that returns before it meets the row: the place for what a row's tokens share.
 #pragma once
 
 #include <type_traits>
@@ -54,21 +56,115 @@ HOST_DEVICE void merge(Terms<R>& into, const Terms<R>& other) {
 // Chunks are counted from the start of a row and folded in their order, so that the bits depend on the row alone.
 constexpr int64_t kChunk = 2048;
 
-inline int64_t chunks_of(int64_t length) { return length > 0 ? ceil_div(length, kChunk) : 1; }
+HOST_DEVICE int64_t chunks_of(int64_t length) { return length > 0 ? (length + kChunk - 1) / kChunk : 1; }
 
-inline Tensor partial_terms(const Tensor& like, int64_t rows, int64_t length, int64_t terms) {
-  return empty(like, {rows * chunks_of(length), terms}, ScalarType::Double);
+// The part of a row that one block, or one turn of a CPU thread, works on: a chunk, or nothing.
+struct Piece {
+  int64_t row, begin, end;
+};
+
+// Rows of a padded [B, T] tensor, or of a packed [N] one: row b is [offsets[b], offsets[b + 1]). Offsets from a CUDA tensor
+// cannot be checked on the host, so they are bounded here.
+//
+// Nor does the host know how many chunks a packed row has. Its pieces are numbered from begin / kChunk + row, which leaves room
+// for all of them whatever the lengths; tokens / kChunk + rows pieces are enough for every row, and some are empty.
+struct Rows {
+  int64_t rows, length, tokens;  // length: T, unless packed
+  const void* offsets;           // [rows + 1], or null
+  bool long_offsets;
+
+  HOST_DEVICE int64_t offset(int64_t b) const {
+    const int64_t at = long_offsets ? static_cast<const int64_t*>(offsets)[b] : static_cast<const int32_t*>(offsets)[b];
+    return at < 0 ? 0 : at > tokens ? tokens : at;
+  }
+  HOST_DEVICE int64_t begin(int64_t row) const { return offsets ? offset(row) : row * length; }
+  HOST_DEVICE int64_t end(int64_t row) const { return offsets ? offset(row + 1) : (row + 1) * length; }
+
+  int64_t pieces() const { return rows == 0 ? 0 : offsets ? tokens / kChunk + rows : rows * chunks_of(length); }
+  HOST_DEVICE int64_t chunks(int64_t row) const { return chunks_of(end(row) - begin(row)); }
+  HOST_DEVICE int64_t first_piece(int64_t row) const { return offsets ? begin(row) / kChunk + row : row * chunks_of(length); }
+
+  HOST_DEVICE Piece piece(int64_t at) const {
+    int64_t row = at / chunks_of(length);
+    if (offsets) {  // the last row that starts no later
+      row = 0;
+      for (int64_t last = rows - 1; row < last;) {
+        const int64_t middle = row + (last - row + 1) / 2;
+        if (first_piece(middle) <= at) row = middle;
+        else last = middle - 1;
+      }
+    }
+    const int64_t chunk = at - first_piece(row), stop = end(row);
+    const int64_t first = begin(row) + (chunk > 0 ? chunk : 0) * kChunk;  // below 0: offsets that do not start at 0
+    if (chunk < 0 || first >= stop) return {row, stop, stop};
+    return {row, first, stop < first + kChunk ? stop : first + kChunk};
+  }
+};
+
+inline Rows padded_rows(int64_t rows, int64_t length) { return {rows, length, rows * length, nullptr, false}; }
+
+// The offsets of packed `x` in one piece of memory; none where `x` is padded. `x`: [B, T], or [N] beside `cu_seqlens`.
+inline OptionalTensor contiguous_offsets(const char* op, const OptionalTensor& cu_seqlens, const char* x_name, const Tensor& x) {
+  const bool packed = cu_seqlens.has_value();
+  CHECK_VALUE(x.dim() == (packed ? 1 : 2), op, ": `", x_name, "` must be ", packed ? "[N] beside `cu_seqlens`" : "[B, T]", ", got shape ",
+              shape_of(x));
+  if (!packed) return cu_seqlens;
+  CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op, ": `cu_seqlens` must be [sequences + 1], got shape ",
+              shape_of(*cu_seqlens));
+  CHECK_TYPE(cu_seqlens->scalar_type() == ScalarType::Int || cu_seqlens->scalar_type() == ScalarType::Long, op,
+             ": `cu_seqlens` must be int32 or int64, got ", torch::headeronly::toString(cu_seqlens->scalar_type()));
+  check_same_device(op, "cu_seqlens", *cu_seqlens, x_name, x);
+  return dense(*cu_seqlens);
+}
+
+// Borrows from `offsets`, which must outlive it. On the CPU they are checked.
+inline Rows rows_view([[maybe_unused]] const char* op, const Tensor& x, const OptionalTensor& offsets) {
+  if (!offsets.has_value()) return padded_rows(x.size(0), x.size(1));
+  const Rows rows{offsets->size(0) - 1, 0, x.numel(), offsets->const_data_ptr(), offsets->scalar_type() == ScalarType::Long};
+#if !defined(RLHF_DEVICE_CODE)
+  auto raw = [&](int64_t b) {
+    return rows.long_offsets ? static_cast<const int64_t*>(rows.offsets)[b] : static_cast<const int32_t*>(rows.offsets)[b];
+  };
+  CHECK_VALUE(raw(0) == 0, op, ": `cu_seqlens` must start at 0, got ", raw(0));
+  for (int64_t b = 0; b < rows.rows; ++b)
+    CHECK_VALUE(raw(b + 1) >= raw(b), op, ": `cu_seqlens` must not decrease, got ", raw(b), " then ", raw(b + 1), " at position ", b + 1);
+  CHECK_VALUE(raw(rows.rows) == rows.tokens, op, ": `cu_seqlens` must end at N = ", rows.tokens, ", got ", raw(rows.rows));
+#endif
+  return rows;
+}
+
+// An output of a value a token. Checked offsets claim every token; on CUDA one that no sequence claims keeps this zero.
+inline Tensor empty_tokens(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, [[maybe_unused]] const Rows& rows) {
+#if defined(RLHF_DEVICE_CODE)
+  if (rows.offsets) return torch::stable::new_zeros(like, sizes);
+#endif
+  return empty(like, sizes);
+}
+inline Tensor empty_tokens(const Tensor& like, const Rows& rows) { return empty_tokens(like, like.sizes(), rows); }
+
+inline Tensor partial_terms(const Tensor& like, const Rows& rows, int64_t terms) {
+  return empty(like, {rows.pieces(), terms}, ScalarType::Double);
 }
 
 template <class R>
-HOST_DEVICE Terms<R> row_terms(const double* partial, int64_t row, int64_t chunks) {  // partial: [rows * chunks, K]
+HOST_DEVICE Terms<R> row_terms(const double* partial, const Rows& rows, int64_t row) {  // partial: [pieces, K]
   Terms<R> total = Terms<R>::start();
-  for (int64_t c = 0; c < chunks; ++c) {
+  const double* next_terms = partial + rows.first_piece(row) * R::kTerms;
+  for (int64_t c = rows.chunks(row); c > 0; --c, next_terms += R::kTerms) {
     Terms<R> next;
-    for (int k = 0; k < R::kTerms; ++k) next.at[k] = partial[(row * chunks + c) * R::kTerms + k];
+    for (int k = 0; k < R::kTerms; ++k) next.at[k] = next_terms[k];
     merge(total, next);
   }
   return total;
+}
+
+template <class F>
+HOST_DEVICE auto in_row(const F& f, int64_t row, int) -> decltype(f.of_row(row)) {
+  return f.of_row(row);
+}
+template <class F>
+HOST_DEVICE const F& in_row(const F& f, int64_t, long) {
+  return f;
 }
 
 #if !defined(RLHF_DEVICE_CODE)
@@ -96,26 +192,29 @@ CPU_CLONES inline void weights_of(const Mask& mask, int64_t first, int64_t n, do
 }
 
 template <class F>
-CPU_CLONES void for_range(const F& f, const Mask& mask, int64_t row, int64_t begin, int64_t end) {
-  double weights[kChunk];
-  weights_of(mask, begin, end - begin, weights);
+CPU_CLONES void for_range(const F& shared, const Mask& mask, const Piece& piece) {
+  const auto& f = in_row(shared, piece.row, 0);
+  if (mask.kind == Mask::kNone) {
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) f(row, i, weights[i - begin]);
+    for (int64_t i = piece.begin; i < piece.end; ++i) f(piece.row, i, 1.0);
+    return;
+  }
+  double weights[kChunk];
+  weights_of(mask, piece.begin, piece.end - piece.begin, weights);
+#pragma omp simd
+  for (int64_t i = piece.begin; i < piece.end; ++i) f(piece.row, i, weights[i - piece.begin]);
 }
 
-// body(row, begin, end) for every chunk of every row, chunks numbered by `piece`.
+// body(number, piece) for every piece of every row.
 template <class Body>
-void for_chunks(int64_t rows, int64_t length, const Body& body) {
-  const int64_t chunks = chunks_of(length);
-  parallel_for(rows * chunks, length < kChunk ? length : kChunk, [&](int64_t piece) {
-    const int64_t row = piece / chunks, t = (piece % chunks) * kChunk;
-    body(piece, row, row * length + t, row * length + (length < t + kChunk ? length : t + kChunk));
-  });
+void for_pieces(const Rows& rows, const Body& body) {
+  const int64_t pieces = rows.pieces();
+  parallel_for(pieces, pieces > 0 ? rows.tokens / pieces : 0, [&](int64_t number) { body(number, rows.piece(number)); });
 }
 
 template <class F>
-void for_each(const Tensor&, int64_t rows, int64_t length, const Mask& mask, const F& f) {
-  for_chunks(rows, length, [&](int64_t, int64_t row, int64_t begin, int64_t end) { for_range(f, mask, row, begin, end); });
+void for_each(const Tensor&, const Rows& rows, const Mask& mask, const F& f) {
+  for_pieces(rows, [&](int64_t, const Piece& piece) { for_range(f, mask, piece); });
 }
 
 constexpr int kStrip = 256;
@@ -129,7 +228,9 @@ HOST_DEVICE void strip_terms(const R& r, int64_t row, int64_t i, double weight, 
 }
 
 template <class R>
-CPU_CLONES void reduce_range(const R& r, const Mask& mask, int64_t row, int64_t begin, int64_t end, double* terms_out) {
+CPU_CLONES void reduce_range(const R& shared, const Mask& mask, const Piece& piece, double* terms_out) {
+  const auto& r = in_row(shared, piece.row, 0);
+  const auto [row, begin, end] = piece;
   constexpr int kTerms = R::kTerms;
   constexpr int kLanes = 8;  // fixed, so that every instruction set adds in the same order
   double weights[kChunk], strip[kTerms][kStrip], lanes[kTerms][kLanes];
@@ -156,10 +257,8 @@ CPU_CLONES void reduce_range(const R& r, const Mask& mask, int64_t row, int64_t 
 }
 
 template <class R>
-void reduce_rows(const Tensor&, int64_t rows, int64_t length, const Mask& mask, const R& r, double* partial) {
-  for_chunks(rows, length, [&](int64_t piece, int64_t row, int64_t begin, int64_t end) {
-    reduce_range(r, mask, row, begin, end, partial + piece * R::kTerms);
-  });
+void reduce_rows(const Tensor&, const Rows& rows, const Mask& mask, const R& r, double* partial) {
+  for_pieces(rows, [&](int64_t number, const Piece& piece) { reduce_range(r, mask, piece, partial + number * R::kTerms); });
 }
 
 // finish(team): the work of one team that sees every row. On the CPU the team is one thread.
@@ -179,25 +278,25 @@ void run_team(const Tensor&, const Finish& finish) {
 constexpr int kLoopThreads = 256;
 
 template <class F>
-__global__ void __launch_bounds__(kLoopThreads) for_each_kernel(F f, Mask mask, int64_t length, int64_t chunks) {
-  const int64_t row = blockIdx.x / chunks, t = (blockIdx.x % chunks) * kChunk;
-  const int64_t end = length < t + kChunk ? length : t + kChunk;
-  for (int64_t i = row * length + t + threadIdx.x; i < row * length + end; i += kLoopThreads) f(row, i, mask[i]);
+__global__ void __launch_bounds__(kLoopThreads) for_each_kernel(F shared, Mask mask, Rows rows) {
+  const Piece piece = rows.piece(blockIdx.x);
+  const auto& f = in_row(shared, piece.row, 0);
+  for (int64_t i = piece.begin + threadIdx.x; i < piece.end; i += kLoopThreads) f(piece.row, i, mask[i]);
 }
 
 template <class F>
-void for_each(const Tensor& on, int64_t rows, int64_t length, const Mask& mask, const F& f) {
-  launch(on, for_each_kernel<F>, length > 0 ? rows * chunks_of(length) : 0, kLoopThreads, f, mask, length, chunks_of(length));
+void for_each(const Tensor& on, const Rows& rows, const Mask& mask, const F& f) {
+  launch(on, for_each_kernel<F>, rows.tokens > 0 ? rows.pieces() : 0, kLoopThreads, f, mask, rows);
 }
 
 template <class R>
-__global__ void __launch_bounds__(kLoopThreads) reduce_rows_kernel(R r, Mask mask, int64_t length, int64_t chunks, double* partial) {
-  const int64_t row = blockIdx.x / chunks, t = (blockIdx.x % chunks) * kChunk;
-  const int64_t end = length < t + kChunk ? length : t + kChunk;
+__global__ void __launch_bounds__(kLoopThreads) reduce_rows_kernel(R shared, Mask mask, Rows rows, double* partial) {
+  const Piece piece = rows.piece(blockIdx.x);
+  const auto& r = in_row(shared, piece.row, 0);
   Terms<R> mine = Terms<R>::start();
-  for (int64_t i = row * length + t + threadIdx.x; i < row * length + end; i += kLoopThreads) {
+  for (int64_t i = piece.begin + threadIdx.x; i < piece.end; i += kLoopThreads) {
     Terms<R> next;
-    r.terms(row, i, mask[i], next.at);
+    r.terms(piece.row, i, mask[i], next.at);
     merge(mine, next);
   }
   mine = block_merge<kLoopThreads>(mine);
@@ -206,8 +305,8 @@ __global__ void __launch_bounds__(kLoopThreads) reduce_rows_kernel(R r, Mask mas
 }
 
 template <class R>
-void reduce_rows(const Tensor& on, int64_t rows, int64_t length, const Mask& mask, const R& r, double* partial) {
-  launch(on, reduce_rows_kernel<R>, rows * chunks_of(length), kLoopThreads, r, mask, length, chunks_of(length), partial);
+void reduce_rows(const Tensor& on, const Rows& rows, const Mask& mask, const R& r, double* partial) {
+  launch(on, reduce_rows_kernel<R>, rows.pieces(), kLoopThreads, r, mask, rows, partial);
 }
 
 struct BlockTeam {

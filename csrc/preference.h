@@ -44,12 +44,13 @@ template <class A>
 struct PairFinish {
   const double* partial;
   A *loss, *stats;
-  int64_t pairs, chunks;
+  Rows rows;  // one: the pairs
   // The order is ops/preference.py's PAIR_STATS.
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
     if (team.rank != 0) return;
-    const Terms<PairTerms<A>> total = row_terms<PairTerms<A>>(partial, 0, chunks);
+    const Terms<PairTerms<A>> total = row_terms<PairTerms<A>>(partial, rows, 0);
+    const int64_t pairs = rows.tokens;
     const double scale = pairs > 0 ? 1.0 / static_cast<double>(pairs) : 0.0;
     *loss = static_cast<A>(total.at[PairTerms<A>::kLoss] * scale);
     for (int k = 0; k < 4; ++k) stats[k] = static_cast<A>(total.at[PairTerms<A>::kCorrect + k] * scale);
@@ -86,15 +87,15 @@ inline std::tuple<Tensor, Tensor> reward_pair_loss(Tensor chosen_, Tensor reject
   const char* op = "reward_pair_loss";
   const OptionalTensor margin = check_pairs(op, chosen_, rejected_, margin_);
   const Tensor chosen = dense(chosen_), rejected = dense(rejected_);
-  const int64_t pairs = chosen.size(0);
+  const Rows rows = padded_rows(1, chosen.numel());
   Tensor loss = empty(chosen, {});
   Tensor stats = empty(chosen, {PairTerms<float>::kStats});
   for_real(chosen.scalar_type(), op, "chosen", [&](auto zero) {
     using A = decltype(zero);
-    const Tensor partial = partial_terms(chosen, 1, pairs, PairTerms<A>::kTerms);
+    const Tensor partial = partial_terms(chosen, rows, PairTerms<A>::kTerms);
     const PairTerms<A> terms{in<A>(chosen), in<A>(rejected), margin ? in<A>(*margin) : nullptr, center_coef};
-    reduce_rows(chosen, 1, pairs, Mask{}, terms, out<double>(partial));
-    run_team(chosen, PairFinish<A>{in<double>(partial), out<A>(loss), out<A>(stats), pairs, chunks_of(pairs)});
+    reduce_rows(chosen, rows, Mask{}, terms, out<double>(partial));
+    run_team(chosen, PairFinish<A>{in<double>(partial), out<A>(loss), out<A>(stats), rows});
   });
   return {loss, stats};
 }
@@ -110,7 +111,7 @@ inline std::tuple<Tensor, Tensor, Tensor> reward_pair_loss_backward(Tensor grad,
     using A = decltype(zero);
     const PairBackward<A> f{in<A>(grad), in<A>(chosen), in<A>(rejected), margin ? in<A>(*margin) : nullptr, out<A>(grad_chosen),
                             out<A>(grad_rejected), margin ? out<A>(grad_margin) : nullptr, chosen.size(0), center_coef};
-    for_each(chosen, 1, chosen.numel(), Mask{}, f);
+    for_each(chosen, padded_rows(1, chosen.numel()), Mask{}, f);
   });
   return {grad_chosen, grad_rejected, grad_margin};
 }

@@ -371,7 +371,7 @@ def test_a_device_without_a_kernel_is_named():
     kernel = rlhf_fast.ops._common.Kernel("masked_mean")
     sparse = torch.zeros(1, 1).to_sparse()
     with pytest.raises(ValueError, match="masked_mean: this build of rlhf_fast has no kernel for tensors on cpu"):
-        kernel(sparse, sparse)
+        kernel(sparse, sparse, None)
 
 
 @pytest.mark.parametrize("name", OPS)
