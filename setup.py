@@ -133,6 +133,7 @@ def extension():
             "-fopenmp-simd",  # SIMD pragmas without the OpenMP runtime: threads are torch's own
             "-fno-math-errno",
             "-fno-trapping-math",  # never -ffast-math: inf and NaN have meanings here
+            "-Wno-psabi",  # vectors are passed to inlined functions only
             f"-fmacro-prefix-map={ROOT}/=",
         ]
     }

@@ -118,8 +118,10 @@ struct ShapeOptions {
 // The last token with weight, or -1: a row without a token has nowhere to put its score.
 struct LastToken {
   static constexpr int kTerms = 1;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kMax; }
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const { t[0] = weight != 0 ? static_cast<double>(i) : -1.0; }
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const { t[0] = weight != 0 ? index_at(i) : all<V>(-1.0); }
 };
 
 struct LastTokenFinish {

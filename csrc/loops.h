@@ -24,7 +24,8 @@ enum class Fold { kSum, kMin, kMax };
 HOST_DEVICE constexpr double fold_start(Fold fold) {
   return fold == Fold::kSum ? 0.0 : fold == Fold::kMin ? std::numeric_limits<double>::infinity() : -std::numeric_limits<double>::infinity();
 }
-HOST_DEVICE constexpr double fold_in(Fold fold, double a, double b) {
+template <class V>
+HOST_DEVICE constexpr V fold_in(Fold fold, V a, V b) {
   return fold == Fold::kSum ? a + b : fold == Fold::kMin ? (b < a ? b : a) : (b > a ? b : a);
 }
 
@@ -217,39 +218,40 @@ void for_each(const Tensor&, const Rows& rows, const Mask& mask, const F& f) {
   for_pieces(rows, [&](int64_t, const Piece& piece) { for_range(f, mask, piece); });
 }
 
-constexpr int kStrip = 256;
+// Whether R's terms can be had of eight tokens at once: R::kSimd.
+template <class R, class = void> constexpr bool is_simd = false;
+template <class R> constexpr bool is_simd<R, std::void_t<decltype(R::kSimd)>> = R::kSimd;
 
-// A function of its own: an array declared in the body of a SIMD loop is not kept in registers.
+// A function of its own: an array declared in the body of a loop is not kept in registers.
 template <class R>
-HOST_DEVICE void strip_terms(const R& r, int64_t row, int64_t i, double weight, double (&strip)[R::kTerms][kStrip], int j) {
-  double terms[R::kTerms];
-  r.terms(row, i, weight, terms);
-  for_constants<R::kTerms>([&](auto k) { strip[k][j] = terms[k]; });
+HOST_DEVICE void lane_terms(const R& r, int64_t row, Run at, const double* weight, Lanes (&lanes)[R::kTerms]) {
+  Lanes terms[R::kTerms]{};
+  if constexpr (is_simd<R>) {
+    r.terms(row, at, load_at(weight, Run{0, kLanes}), terms);
+  } else {
+    for (int l = 0; l < kLanes; ++l) {
+      double one[R::kTerms];
+      for (int k = 0; k < R::kTerms; ++k) one[k] = fold_start(R::fold(k));
+      if (l < at.count) r.terms(row, at.first + l, weight[l], one);
+      for (int k = 0; k < R::kTerms; ++k) terms[k][l] = one[k];
+    }
+  }
+  for_constants<R::kTerms>([&](auto k) { lanes[k] = fold_in(R::fold(k), lanes[k], terms[k]); });
 }
 
 template <class R>
 CPU_CLONES void reduce_range(const R& shared, const Mask& mask, const Piece& piece, double* terms_out) {
   const auto& r = in_row(shared, piece.row, 0);
-  const auto [row, begin, end] = piece;
-  constexpr int kTerms = R::kTerms;
-  constexpr int kLanes = 8;  // fixed, so that every instruction set adds in the same order
-  double weights[kChunk], strip[kTerms][kStrip], lanes[kTerms][kLanes];
-  weights_of(mask, begin, end - begin, weights);
-  for (int k = 0; k < kTerms; ++k)
-    for (int l = 0; l < kLanes; ++l) lanes[k][l] = fold_start(R::fold(k));
-  for (int64_t first = begin; first < end; first += kStrip) {
-    const int n = static_cast<int>(end - first < kStrip ? end - first : kStrip);
-#pragma omp simd
-    for (int j = 0; j < n; ++j) strip_terms(r, row, first + j, weights[first - begin + j], strip, j);
-    for_constants<kTerms>([&](auto k) {
-      constexpr Fold kFold = R::fold(k);
-      int j = 0;
-      for (; j + kLanes <= n; j += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[k][l] = fold_in(kFold, lanes[k][l], strip[k][j + l]);
-      for (int l = 0; j < n; ++j, ++l) lanes[k][l] = fold_in(kFold, lanes[k][l], strip[k][j]);
-    });
-  }
-  for (int k = 0; k < kTerms; ++k) {
+  const int64_t n = piece.end - piece.begin;
+  double weights[kChunk + kLanes];
+  weights_of(mask, piece.begin, n, weights);
+  for (int l = 0; l < kLanes; ++l) weights[n + l] = 0;
+  Lanes lanes[R::kTerms];
+  for_constants<R::kTerms>([&](auto k) { lanes[k] = all<Lanes>(fold_start(R::fold(k))); });
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) lane_terms(r, piece.row, Run{piece.begin + j, kLanes}, weights + j, lanes);
+  if (j < n) lane_terms(r, piece.row, Run{piece.begin + j, static_cast<int>(n - j)}, weights + j, lanes);
+  for (int k = 0; k < R::kTerms; ++k) {
     double total = lanes[k][0];
     for (int l = 1; l < kLanes; ++l) total = fold_in(R::fold(k), total, lanes[k][l]);
     terms_out[k] = total;

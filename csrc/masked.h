@@ -11,11 +11,13 @@ namespace rlhf_fast::RLHF_UNIT {
 template <class A>
 struct WeightedSum {  // -> sum w, sum w x
   static constexpr int kTerms = 2;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A* x;
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
     t[0] = weight;
-    t[1] = weight != 0 ? weight * x[i] : 0.0;
+    t[1] = weight != 0 ? weight * load_at(x, i) : all<V>(0.0);
   }
 };
 
@@ -93,12 +95,14 @@ struct Whitening {
 template <class A>
 struct SquaredDeviation {
   static constexpr int kTerms = 1;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A* x;
   const Whitening* w;
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    const double deviation = x[i] - w->mean;
-    t[0] = weight != 0 ? weight * deviation * deviation : 0.0;
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    const V deviation = load_at(x, i) - w->mean;
+    t[0] = weight != 0 ? weight * deviation * deviation : all<V>(0.0);
   }
 };
 
@@ -147,12 +151,15 @@ struct WhitenForward {
 template <class A>
 struct WhitenUpstream {  // -> sum g, sum g (x - mean)
   static constexpr int kTerms = 2;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A *grad, *x;
   const Whitening* w;
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    t[0] = weight != 0 ? static_cast<double>(grad[i]) : 0.0;
-    t[1] = weight != 0 ? grad[i] * (x[i] - w->mean) : 0.0;
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    const V zero = all<V>(0.0), g = load_at(grad, i);
+    t[0] = weight != 0 ? g : zero;
+    t[1] = weight != 0 ? g * (load_at(x, i) - w->mean) : zero;
   }
 };
 

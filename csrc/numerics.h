@@ -15,6 +15,53 @@ HOST_DEVICE To bit_cast(From from) {
   return to;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Arithmetic for one token or for eight. A step that is a template over V, and chooses between values and not between ways
+// (?: and &, never if and &&), runs with V = double for one token and with V = Lanes for eight side by side: SIMD on every
+// instruction set, whatever the compiler's vectoriser makes of the loop. `at` says where: an index, or a Run of lanes.
+
+template <class V> struct BitsOf { using type = uint64_t; };
+
+HOST_DEVICE double load_at(const float* x, int64_t at) { return x[at]; }
+HOST_DEVICE double load_at(const double* x, int64_t at) { return x[at]; }
+template <class A>
+HOST_DEVICE void store_at(A* x, int64_t at, double value) { x[at] = static_cast<A>(value); }
+
+HOST_DEVICE double index_at(int64_t at) { return static_cast<double>(at); }
+
+#if !defined(RLHF_DEVICE_CODE)
+
+constexpr int kLanes = 8;  // fixed, so that every instruction set adds in the same order
+using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
+template <> struct BitsOf<Lanes> { using type = uint64_t __attribute__((vector_size(kLanes * sizeof(uint64_t)))); };
+template <class A> struct LanesOf { using type = Lanes; };
+template <> struct LanesOf<float> { using type = float __attribute__((vector_size(kLanes * sizeof(float)))); };
+
+struct Run {
+  int64_t first;
+  int count;  // of tokens; lanes beyond hold 0
+};
+
+template <class A>
+HOST_DEVICE Lanes load_at(const A* x, Run at) {
+  typename LanesOf<A>::type narrow{};
+  memcpy(&narrow, x + at.first, at.count == kLanes ? sizeof(narrow) : at.count * sizeof(A));
+  return __builtin_convertvector(narrow, Lanes);
+}
+template <class A>
+HOST_DEVICE void store_at(A* x, Run at, Lanes value) {
+  const auto narrow = __builtin_convertvector(value, typename LanesOf<A>::type);
+  memcpy(x + at.first, &narrow, at.count == kLanes ? sizeof(narrow) : at.count * sizeof(A));
+}
+HOST_DEVICE Lanes index_at(Run at) { return static_cast<double>(at.first) + Lanes{0, 1, 2, 3, 4, 5, 6, 7}; }
+
+#endif
+
+template <class V>
+HOST_DEVICE V all(double x) {  // x in every lane
+  return x - V{};
+}
+
 // Rounding to the type of the logits. BFloat16's own constructor tests for NaN with a branch, which keeps loops scalar.
 template <class T, class A>
 HOST_DEVICE T narrow(A value) {
@@ -67,16 +114,17 @@ HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
 
 // exp(x) in double for any x, within 1 ulp: Taylor to degree 13 on |r| <= ln2/2 (truncation 4e-18), scaled in two steps so
 // that results near both ends of the range stay right.
-HOST_DEVICE double exp_any(double x) {
+template <class V>
+HOST_DEVICE V exp_any(V x) {
   constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
-  double clamped = x < -746.0 ? -746.0 : x;
-  clamped = clamped > 710.0 ? 710.0 : clamped;
-  const double shifted = clamped * kLog2E + kShift;
-  const double n = shifted - kShift;
-  double r = clamped - n * 6.93147180369123816490e-01;
+  using Bits = typename BitsOf<V>::type;
+  V clamped = x < -746.0 ? all<V>(-746.0) : x;
+  clamped = clamped > 710.0 ? all<V>(710.0) : clamped;
+  const V shifted = clamped * kLog2E + kShift;
+  const V n = shifted - kShift;
+  V r = clamped - n * 6.93147180369123816490e-01;
   r = r - n * 1.90821492927058770002e-10;
-  double p = 1.6059043836821613e-10;
-  p = p * r + 2.0876756987868099e-09;
+  V p = 1.6059043836821613e-10 * r + 2.0876756987868099e-09;
   p = p * r + 2.5052108385441719e-08;
   p = p * r + 2.7557319223985891e-07;
   p = p * r + 2.7557319223985893e-06;
@@ -88,31 +136,31 @@ HOST_DEVICE double exp_any(double x) {
   p = p * r + 1.6666666666666667e-01;
   p = p * r + 5.0000000000000000e-01;
   p = p * r * r + r + 1.0;
-  const uint64_t exponent = bit_cast<uint64_t>(shifted) - bit_cast<uint64_t>(kShift);
-  const uint64_t half = static_cast<uint64_t>(static_cast<int64_t>(exponent) >> 1);
-  return p * bit_cast<double>((half + 1023u) << 52) * bit_cast<double>((exponent - half + 1023u) << 52);
+  const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<uint64_t>(kShift);
+  const Bits half = ((exponent + 2048u) >> 1) - 1024u;  // exponent / 2, rounded down, negative ones too
+  return p * bit_cast<V>((half + 1023u) << 52) * bit_cast<V>((exponent - half + 1023u) << 52);
 }
 
 // exp(x) in double to 6e-11 relative, half the work of exp_any: for what is rounded to float32 in the end. exp(0) is 1; what
 // float32 cannot hold stops at exp(-708) and exp(709). A minimax polynomial on |r| <= ln2/2, its first two terms exact.
-HOST_DEVICE double exp_to_float(double x) {
+template <class V>
+HOST_DEVICE V exp_to_float(V x) {
   constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
-  double clamped = x < -708.0 ? -708.0 : x;
-  clamped = clamped > 709.0 ? 709.0 : clamped;
-  const double shifted = clamped * kLog2E + kShift;
-  const double r = clamped - (shifted - kShift) * 0.69314718055994530942;
-  double p = 1.9790341666749795e-04;
-  p = p * r + 1.3944659745998796e-03;
+  V clamped = x < -708.0 ? all<V>(-708.0) : x;
+  clamped = clamped > 709.0 ? all<V>(709.0) : clamped;
+  const V shifted = clamped * kLog2E + kShift;
+  const V r = clamped - (shifted - kShift) * 0.69314718055994530942;
+  V p = 1.9790341666749795e-04 * r + 1.3944659745998796e-03;
   p = p * r + 8.3334970751827020e-03;
   p = p * r + 4.1666294945667250e-02;
   p = p * r + 1.6666665868931330e-01;
   p = p * r + 5.0000000676825610e-01;
   p = p * r * r + r + 1.0;
-  return p * bit_cast<double>((bit_cast<uint64_t>(shifted) - bit_cast<uint64_t>(kShift) + 1023u) << 52);
+  return p * bit_cast<V>((bit_cast<typename BitsOf<V>::type>(shifted) - bit_cast<uint64_t>(kShift) + 1023u) << 52);
 }
 
-template <class A>
-HOST_DEVICE double exp_for(double x) {
+template <class A, class V>
+HOST_DEVICE V exp_for(V x) {
   if constexpr (std::is_same_v<A, double>) return exp_any(x);
   else return exp_to_float(x);
 }
@@ -121,12 +169,18 @@ HOST_DEVICE double exp_for(double x) {
 HOST_DEVICE double softplus(double x) { return (x > 0 ? x : 0.0) + log1p(exp(x > 0 ? -x : x)); }
 HOST_DEVICE double sigmoid(double x) { return x >= 0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x)); }
 
+template <class V, class B>
+HOST_DEVICE V clamp(V x, B low, B high) {
+  const V least = low - V{}, most = high - V{};
+  return x < least ? least : x > most ? most : x;
+}
 // The derivative of clamp(x, low, high) as torch defines it: 1 on the closed interval.
-HOST_DEVICE double clamp_slope(double x, double low, double high) { return (x >= low) & (x <= high) ? 1.0 : 0.0; }
-HOST_DEVICE double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+template <class V, class B>
+HOST_DEVICE V clamp_slope(V x, B low, B high) { return clamp(x, low, high) == x ? all<V>(1.0) : all<V>(0.0); }
 
 // The share of the gradient that max(a, b) sends to a. torch.max and torch.min split ties in halves.
-HOST_DEVICE double max_share(double a, double b) { return a > b ? 1.0 : a < b ? 0.0 : 0.5; }
+template <class V>
+HOST_DEVICE V max_share(V a, V b) { return a > b ? all<V>(1.0) : a < b ? all<V>(0.0) : all<V>(0.5); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory access of the kernels.

@@ -163,44 +163,45 @@ struct PolicyOptions {
   double clip_low, clip_high, dual_clip, log_ratio_clip;  // infinity for no dual clip, no log-ratio clip
 };
 
+template <class V>
 struct PolicyRatio {
-  double log, ratio, by_logprob;
+  V log, ratio, bounded;  // bounded: the clipped ratio
+  V by_logprob;           // d ratio / d logprob
 };
 
 // `raw` is the difference of log-probs of one token, or the mean of a sequence's.
-template <class A>
-HOST_DEVICE PolicyRatio policy_ratio(double raw, const PolicyOptions& o) {
-  const double log_ratio = clamp(raw, -o.log_ratio_clip, o.log_ratio_clip);
-  const double ratio = exp_for<A>(log_ratio);
-  return {log_ratio, ratio, ratio * clamp_slope(raw, -o.log_ratio_clip, o.log_ratio_clip)};
+template <class A, class V>
+HOST_DEVICE PolicyRatio<V> policy_ratio(V raw, const PolicyOptions& o) {
+  const V log_ratio = clamp(raw, -o.log_ratio_clip, o.log_ratio_clip);
+  const V ratio = exp_for<A>(log_ratio);
+  return {log_ratio, ratio, clamp(ratio, 1.0 - o.clip_low, 1.0 + o.clip_high), ratio * clamp_slope(raw, -o.log_ratio_clip, o.log_ratio_clip)};
 }
 
+template <class V>
 struct PolicyToken {
-  double loss;
-  double clipped, dual_clipped;      // 0 or 1
-  double by_logprob, by_advantage;   // partial derivatives
+  V loss;
+  V clipped, dual_clipped;     // 0 or 1
+  V by_logprob, by_advantage;  // partial derivatives
 };
 
-HOST_DEVICE PolicyToken ppo_step(const PolicyRatio& r, double advantage, const PolicyOptions& o) {
-  const double low = 1.0 - o.clip_low, high = 1.0 + o.clip_high;
-  const double bounded = clamp(r.ratio, low, high);
-  const double free_loss = -advantage * r.ratio, clipped_loss = -advantage * bounded;
-  const double free_share = max_share(free_loss, clipped_loss);
-  const double clipped_share = 1.0 - free_share;
-  const double clipped_surrogate = free_loss > clipped_loss ? free_loss : clipped_loss;
-  const double bound_loss = -advantage * o.dual_clip;  // infinite or NaN without a dual clip, and then not looked at
-  // & and not &&: a branch would keep the loop from becoming SIMD.
-  const bool dual = (advantage < 0) & (o.dual_clip < std::numeric_limits<double>::infinity());
-  const bool bound = dual & (clipped_surrogate > bound_loss);
-  const double kept_share = dual ? 1.0 - max_share(clipped_surrogate, bound_loss) : 1.0;
-  const double by_ratio = kept_share * -advantage * (free_share + clipped_share * clamp_slope(r.ratio, low, high));
-  return {bound ? bound_loss : clipped_surrogate, clipped_loss > free_loss ? 1.0 : 0.0, bound ? 1.0 : 0.0, by_ratio * r.by_logprob,
-          -kept_share * (free_share * r.ratio + clipped_share * bounded) - (dual ? (1.0 - kept_share) * o.dual_clip : 0.0)};
+// Where the clipped branch is not larger, it is equal to the other with an equal slope, or smaller: the slope is -A either way.
+template <class V>
+HOST_DEVICE PolicyToken<V> ppo_step(const PolicyRatio<V>& r, V advantage, const PolicyOptions& o) {
+  const V zero = all<V>(0.0), one = all<V>(1.0);
+  const V free_loss = -advantage * r.ratio, clipped_loss = -advantage * r.bounded;
+  const V surrogate = free_loss > clipped_loss ? free_loss : clipped_loss;
+  const V ceiling = advantage < 0 ? -advantage * o.dual_clip : all<V>(std::numeric_limits<double>::infinity());
+  const V kept_share = max_share(ceiling, surrogate), free_share = max_share(free_loss, clipped_loss);
+  const V by_ratio = clipped_loss > free_loss ? zero : -advantage;
+  const V by_ceiling = kept_share < 1 ? (1.0 - kept_share) * o.dual_clip : zero;
+  return {surrogate > ceiling ? ceiling : surrogate, clipped_loss > free_loss ? one : zero, surrogate > ceiling ? one : zero,
+          kept_share * by_ratio * r.by_logprob, -kept_share * (free_share * r.ratio + (1.0 - free_share) * r.bounded) - by_ceiling};
 }
 
-HOST_DEVICE PolicyToken cispo_step(const PolicyRatio& r, double logprob, double advantage, const PolicyOptions& o) {
-  const double bounded = clamp(r.ratio, 1.0 - o.clip_low, 1.0 + o.clip_high);
-  return {-advantage * bounded * logprob, bounded != r.ratio ? 1.0 : 0.0, 0.0, -advantage * bounded, -bounded * logprob};
+template <class V>
+HOST_DEVICE PolicyToken<V> cispo_step(const PolicyRatio<V>& r, V logprob, V advantage) {
+  const V zero = all<V>(0.0), one = all<V>(1.0);
+  return {-advantage * r.bounded * logprob, r.bounded != r.ratio ? one : zero, zero, -advantage * r.bounded, -r.bounded * logprob};
 }
 
 // The mean of logprob - old_logprob of a row, from the partial sums of the launch before.
@@ -208,10 +209,12 @@ template <class A>
 struct LogRatioSum {  // -> sum w, sum w (logprob - old_logprob)
   static constexpr int kTerms = 2;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
+  static constexpr bool kSimd = true;
   const A *logprobs, *old_logprobs;
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
     t[0] = weight;
-    t[1] = weight != 0 ? weight * (static_cast<double>(logprobs[i]) - old_logprobs[i]) : 0.0;
+    t[1] = weight * (weight != 0 ? load_at(logprobs, i) - load_at(old_logprobs, i) : all<V>(0.0));
   }
 };
 
@@ -222,7 +225,7 @@ struct PolicyInputs {
   PolicyOptions options;
   const double* partial;  // at sequence level: LogRatioSum's, by the pieces of `rows`
   Rows rows;
-  PolicyRatio row_ratio;
+  PolicyRatio<double> row_ratio;
   double row_advantage;
 
   HOST_DEVICE PolicyInputs of_row(int64_t row) const {
@@ -234,14 +237,18 @@ struct PolicyInputs {
     if constexpr (kRowAdvantage) p.row_advantage = advantages[row];
     return p;
   }
-  HOST_DEVICE PolicyRatio ratio(int64_t i) const {
-    if constexpr (kSequence) return row_ratio;
-    else return policy_ratio<A>(static_cast<double>(logprobs[i]) - old_logprobs[i], options);
+  // What stands off the mask counts as 0 throughout, so that its terms are 0 once weighted.
+  template <class V, class At>
+  HOST_DEVICE PolicyRatio<V> ratio(At i, V weight) const {
+    if constexpr (kSequence) return {all<V>(row_ratio.log), all<V>(row_ratio.ratio), all<V>(row_ratio.bounded), all<V>(row_ratio.by_logprob)};
+    else return policy_ratio<A>(weight != 0 ? load_at(logprobs, i) - load_at(old_logprobs, i) : all<V>(0.0), options);
   }
-  HOST_DEVICE PolicyToken step(const PolicyRatio& r, int64_t i) const {
-    double advantage = row_advantage;
-    if constexpr (!kRowAdvantage) advantage = advantages[i];
-    if constexpr (kForm == kCispo) return cispo_step(r, logprobs[i], advantage, options);
+  template <class V, class At>
+  HOST_DEVICE PolicyToken<V> step(const PolicyRatio<V>& r, At i, V weight) const {
+    V advantage = all<V>(row_advantage);
+    if constexpr (!kRowAdvantage) advantage = load_at(advantages, i);
+    advantage = weight != 0 ? advantage : all<V>(0.0);
+    if constexpr (kForm == kCispo) return cispo_step(r, weight != 0 ? load_at(logprobs, i) : all<V>(0.0), advantage);
     else return ppo_step(r, advantage, options);
   }
 };
@@ -251,6 +258,7 @@ struct PolicyTerms {
   enum { kClipped = 2, kDualClipped, kHalfSquare, kNegLogRatio, kRatio, kRatioSquare, kRatioMin, kRatioMax, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 9;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int k) { return k == kRatioMin ? Fold::kMin : k == kRatioMax ? Fold::kMax : Fold::kSum; }
 
   PolicyInputs<A, kForm, kSequence, kRowAdvantage> inputs;
@@ -258,21 +266,22 @@ struct PolicyTerms {
 
   HOST_DEVICE PolicyTerms of_row(int64_t row) const { return {inputs.of_row(row), slope}; }
 
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    const PolicyRatio r = inputs.ratio(i);
-    const PolicyToken token = inputs.step(r, i);
-    const bool on = weight != 0;
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    const PolicyRatio<V> r = inputs.ratio(i, weight);
+    const PolicyToken<V> token = inputs.step(r, i, weight);
+    const V infinity = all<V>(std::numeric_limits<double>::infinity());
     t[kWeight] = weight;
-    t[kLoss] = on ? weight * token.loss : 0.0;
-    t[kClipped] = on ? weight * token.clipped : 0.0;
-    t[kDualClipped] = on ? weight * token.dual_clipped : 0.0;
-    t[kHalfSquare] = on ? weight * 0.5 * r.log * r.log : 0.0;
-    t[kNegLogRatio] = on ? -weight * r.log : 0.0;
-    t[kRatio] = on ? weight * r.ratio : 0.0;
-    t[kRatioSquare] = on ? weight * (r.ratio - 1.0) * (r.ratio - 1.0) : 0.0;  // around 1, where ratios live
-    t[kRatioMin] = on ? r.ratio : std::numeric_limits<double>::infinity();
-    t[kRatioMax] = on ? r.ratio : -std::numeric_limits<double>::infinity();
-    slope[i] = static_cast<A>(on ? weight * token.by_logprob : 0.0);
+    t[kLoss] = weight * token.loss;
+    t[kClipped] = weight * token.clipped;
+    t[kDualClipped] = weight * token.dual_clipped;
+    t[kHalfSquare] = weight * 0.5 * r.log * r.log;
+    t[kNegLogRatio] = -weight * r.log;
+    t[kRatio] = weight * r.ratio;
+    t[kRatioSquare] = weight * (r.ratio - 1.0) * (r.ratio - 1.0);  // around 1, where ratios live
+    t[kRatioMin] = weight != 0 ? r.ratio : infinity;
+    t[kRatioMax] = weight != 0 ? r.ratio : -infinity;
+    store_at(slope, i, weight != 0 ? weight * token.by_logprob : all<V>(0.0));
   }
 
   // The order is ops/ppo_loss.py's POLICY_STATS.
@@ -300,20 +309,20 @@ struct AdvantageSlopes {
   A* slope;
   HOST_DEVICE AdvantageSlopes of_row(int64_t row) const { return {inputs.of_row(row), slope}; }
   HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
-    const double by_advantage = weight * inputs.step(inputs.ratio(i), i).by_advantage;
-    slope[i] = static_cast<A>(weight != 0 ? by_advantage : 0.0);
+    store_at(slope, i, weight * inputs.step(inputs.ratio(i, weight), i, weight).by_advantage);
   }
 };
 
 template <class A, int kForm, bool kSequence>
 struct AdvantageSum {
   static constexpr int kTerms = 1;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   PolicyInputs<A, kForm, kSequence, true> inputs;
   HOST_DEVICE AdvantageSum of_row(int64_t row) const { return {inputs.of_row(row)}; }
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    const double by_advantage = weight * inputs.step(inputs.ratio(i), i).by_advantage;
-    t[0] = weight != 0 ? by_advantage : 0.0;
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    t[0] = weight * inputs.step(inputs.ratio(i, weight), i, weight).by_advantage;
   }
 };
 
@@ -388,19 +397,22 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_policy_loss(
 // ---------------------------------------------------------------------------------------------------------------------
 // Value
 
+template <class V>
 struct ValueToken {
-  double loss, clipped;
-  double by_value, by_old_value, by_return;
+  V loss, clipped;
+  V by_value, by_old_value, by_return;
 };
 
-HOST_DEVICE ValueToken value_step(double value, double old_value, double target, double clip) {  // clip: infinity for none
-  const double low = old_value - clip, high = old_value + clip;
-  const double bounded = clamp(value, low, high);
-  const double free_error = value - target, bounded_error = bounded - target;
-  const double free_square = free_error * free_error, bounded_square = bounded_error * bounded_error;
-  const double free_share = max_share(free_square, bounded_square);
-  const double through = (1.0 - free_share) * bounded_error, inside = clamp_slope(value, low, high);
-  return {0.5 * (free_square > bounded_square ? free_square : bounded_square), bounded_square > free_square ? 1.0 : 0.0,
+template <class V>
+HOST_DEVICE ValueToken<V> value_step(V value, V old_value, V target, double clip) {  // clip: infinity for none
+  const V zero = all<V>(0.0), one = all<V>(1.0);
+  const V low = old_value - clip, high = old_value + clip;
+  const V bounded = clamp(value, low, high);
+  const V free_error = value - target, bounded_error = bounded - target;
+  const V free_square = free_error * free_error, bounded_square = bounded_error * bounded_error;
+  const V free_share = max_share(free_square, bounded_square);
+  const V through = (1.0 - free_share) * bounded_error, inside = clamp_slope(value, low, high);
+  return {0.5 * (free_square > bounded_square ? free_square : bounded_square), bounded_square > free_square ? one : zero,
           free_share * free_error + through * inside, through * (1.0 - inside), -(free_share * free_error + through)};
 }
 
@@ -409,25 +421,29 @@ struct ValueTerms {
   enum { kClipped = 2, kError, kValue, kReturn, kReturnSquare, kResidual, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 6;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
 
   const A *values, *old_values, *returns;  // a value a token
   double clip;
   A* slope;  // a value a token
 
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    const ValueToken token = value_step(values[i], old_values[i], returns[i], clip);
-    const bool on = weight != 0;
-    const double residual = static_cast<double>(returns[i]) - values[i], target = returns[i];
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    const V zero = all<V>(0.0);
+    const V value = weight != 0 ? load_at(values, i) : zero, old_value = weight != 0 ? load_at(old_values, i) : zero,
+            target = weight != 0 ? load_at(returns, i) : zero;
+    const ValueToken<V> token = value_step(value, old_value, target, clip);
+    const V residual = target - value;
     t[kWeight] = weight;
-    t[kLoss] = on ? weight * token.loss : 0.0;
-    t[kClipped] = on ? weight * token.clipped : 0.0;
-    t[kError] = on ? weight * residual * residual : 0.0;
-    t[kValue] = on ? weight * values[i] : 0.0;
-    t[kReturn] = on ? weight * target : 0.0;
-    t[kReturnSquare] = on ? weight * target * target : 0.0;
-    t[kResidual] = on ? weight * residual : 0.0;
-    slope[i] = static_cast<A>(on ? weight * token.by_value : 0.0);
+    t[kLoss] = weight * token.loss;
+    t[kClipped] = weight * token.clipped;
+    t[kError] = weight * residual * residual;
+    t[kValue] = weight * value;
+    t[kReturn] = weight * target;
+    t[kReturnSquare] = weight * target * target;
+    t[kResidual] = weight * residual;
+    store_at(slope, i, weight * token.by_value);
   }
 
   // The order is ops/ppo_loss.py's VALUE_STATS. Explained variance is 1 - Var(R - v) / Var(R), 0 where the returns do not vary.
@@ -453,7 +469,7 @@ struct TargetSlopes {
   double clip;
   A *old_slope, *return_slope;  // a value a token, or null
   HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
-    const ValueToken token = value_step(values[i], old_values[i], returns[i], clip);
+    const ValueToken<double> token = value_step<double>(values[i], old_values[i], returns[i], clip);
     const bool on = weight != 0;
     if (old_slope) old_slope[i] = static_cast<A>(on ? weight * token.by_old_value : 0.0);
     if (return_slope) return_slope[i] = static_cast<A>(on ? weight * token.by_return : 0.0);
