@@ -153,7 +153,9 @@ def ppo_policy_loss_reference(
     logprobs, old_logprobs = torch.where(kept, logprobs, 0.0), torch.where(kept, old_logprobs, 0.0)
     advantages = torch.where(kept, advantages.expand(logprobs.shape), 0.0)
     log_ratio = logprobs - old_logprobs
-    if importance_sampling_level == "sequence":  # the value is the mean's, the gradient is passed straight to each token
+    if (
+        importance_sampling_level == "sequence"
+    ):  # the value is the mean's, the gradient is passed straight to each token
         tokens = weight.sum(-1, keepdim=True)
         mean = (weight * log_ratio).sum(-1, keepdim=True) / torch.where(tokens != 0, tokens, 1.0)
         mean = torch.where(kept, mean, 0.0).detach()
