@@ -69,6 +69,12 @@ HOST_DEVICE void merge(LossTotals<R>& into, const LossTotals<R>& other) {
   into.longest = fold_in(Fold::kMax, into.longest, other.longest);
 }
 
+// A sum over the rows of squares around a mean, which the totals give: R::spread(a row's terms, the totals).
+struct Spread {
+  double sum;
+};
+HOST_DEVICE void merge(Spread& into, const Spread& other) { into.sum += other.sum; }
+
 template <class R, class A>
 struct LossFinish {
   const double* partial;  // [pieces, K]
@@ -91,13 +97,17 @@ struct LossFinish {
     const double otherwise = aggregate == kTokenMean ? total.terms.at[kWeight] : aggregate == kTokenSum ? 1.0 : total.sequences;
     const double divisor = normalizer.get(otherwise) * (aggregate == kSeqMeanTokenSumNorm ? total.longest : 1.0);
     const double scale = divisor != 0 ? 1.0 / divisor : 0.0;  // no token, no loss
+    Spread spread{0.0};
+    for (int64_t row = team.rank; row < rows.rows; row += team.size) {
+      const Terms<R> t = row_terms<R>(partial, rows, row);
+      const double weight = t.at[kWeight];
+      row_weight[row] = weight == 0 ? 0.0 : aggregate == kSeqMeanTokenMean ? scale / weight : scale;
+      if (weight != 0) merge(spread, Spread{R::spread(t, total.terms)});
+    }
+    spread = team.merge_all(spread);
     if (team.rank == 0) {
       *loss = static_cast<A>(divisor != 0 ? total.loss / divisor : 0.0);
-      R::write_stats(total.terms, stats);
-    }
-    for (int64_t row = team.rank; row < rows.rows; row += team.size) {
-      const double weight = row_terms<R>(partial, rows, row).at[kWeight];
-      row_weight[row] = weight == 0 ? 0.0 : aggregate == kSeqMeanTokenMean ? scale / weight : scale;
+      R::write_stats(total.terms, spread.sum, stats);
     }
   }
 };
@@ -278,26 +288,31 @@ struct PolicyTerms {
     t[kHalfSquare] = weight * 0.5 * r.log * r.log;
     t[kNegLogRatio] = -weight * r.log;
     t[kRatio] = weight * r.ratio;
-    t[kRatioSquare] = weight * (r.ratio - 1.0) * (r.ratio - 1.0);  // around 1, where ratios live
+    t[kRatioSquare] = weight * (r.ratio - 1.0) * (r.ratio - 1.0);
     t[kRatioMin] = weight != 0 ? r.ratio : infinity;
     t[kRatioMax] = weight != 0 ? r.ratio : -infinity;
     store_at(slope, i, weight != 0 ? weight * token.by_logprob : all<V>(0.0));
   }
 
+  // sum_t w (r - mean)^2: from squares around 1, where the ratios of tokens live; a sequence has one ratio.
+  HOST_DEVICE static double spread(const Terms<PolicyTerms>& row, const Terms<PolicyTerms>& total) {
+    const double n = row.at[kWeight], mean = total.at[kRatio] / total.at[kWeight], off_one = mean - 1.0;
+    if constexpr (kSequence) return n * (row.at[kRatioMin] - mean) * (row.at[kRatioMin] - mean);
+    else return row.at[kRatioSquare] - 2.0 * off_one * (row.at[kRatio] - n) + n * off_one * off_one;
+  }
+
   // The order is ops/ppo_loss.py's POLICY_STATS.
-  HOST_DEVICE static void write_stats(const Terms<PolicyTerms>& total, A* stats) {
+  HOST_DEVICE static void write_stats(const Terms<PolicyTerms>& total, double spread, A* stats) {
     const double n = total.at[kWeight];
     const bool any = n != 0;
-    const double mean = any ? total.at[kRatio] / n : 0.0, off_one = mean - 1.0;
     stats[0] = static_cast<A>(any ? total.at[kClipped] / n : 0.0);
     stats[1] = static_cast<A>(any ? total.at[kDualClipped] / n : 0.0);
     stats[2] = static_cast<A>(any ? total.at[kHalfSquare] / n : 0.0);
     stats[3] = static_cast<A>(any ? total.at[kNegLogRatio] / n : 0.0);
-    stats[4] = static_cast<A>(mean);
+    stats[4] = static_cast<A>(any ? total.at[kRatio] / n : 0.0);
     stats[5] = static_cast<A>(any ? total.at[kRatioMin] : 0.0);
     stats[6] = static_cast<A>(any ? total.at[kRatioMax] : 0.0);
-    const double variance = any ? total.at[kRatioSquare] / n - off_one * off_one : 0.0;
-    stats[7] = static_cast<A>(variance > 0 ? variance : 0.0);
+    stats[7] = static_cast<A>(spread > 0 ? spread / n : 0.0);
     stats[8] = static_cast<A>(n);
   }
 };
@@ -446,8 +461,10 @@ struct ValueTerms {
     store_at(slope, i, weight * token.by_value);
   }
 
+  HOST_DEVICE static double spread(const Terms<ValueTerms>&, const Terms<ValueTerms>&) { return 0.0; }
+
   // The order is ops/ppo_loss.py's VALUE_STATS. Explained variance is 1 - Var(R - v) / Var(R), 0 where the returns do not vary.
-  HOST_DEVICE static void write_stats(const Terms<ValueTerms>& total, A* stats) {
+  HOST_DEVICE static void write_stats(const Terms<ValueTerms>& total, double, A* stats) {
     const double n = total.at[kWeight];
     const bool any = n != 0;
     const double scale = any ? 1.0 / n : 0.0;
@@ -458,7 +475,8 @@ struct ValueTerms {
     stats[1] = static_cast<A>(total.at[kError] * scale);
     stats[2] = static_cast<A>(total.at[kValue] * scale);
     stats[3] = static_cast<A>(mean_return);
-    stats[4] = static_cast<A>(return_variance > 0 ? 1.0 - residual_variance / return_variance : 0.0);
+    const bool varies = return_variance > 1e-12 * total.at[kReturnSquare] * scale;  // and not by rounding
+    stats[4] = static_cast<A>(varies ? 1.0 - residual_variance / return_variance : 0.0);
     stats[5] = static_cast<A>(n);
   }
 };

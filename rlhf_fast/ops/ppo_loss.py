@@ -221,9 +221,8 @@ def ppo_value_loss(
 
     Returns:
         (loss, stats): loss [], float32 or float64 where an argument is, and a dict of [] views into one tensor, each over the
-        mask: `clip_fraction`, `error` (mean
-        squared error), `value_mean`, `return_mean`, `explained_variance` (1 - Var(R - v) / Var(R); 0 where R does not vary),
-        `tokens`. All 0 where the mask keeps nothing.
+        mask: `clip_fraction`, `error` (mean squared error), `value_mean`, `return_mean`, `explained_variance`
+        (1 - Var(R - v) / Var(R); 0 where R does not vary by more than rounding), `tokens`. All 0 where the mask keeps nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
@@ -274,7 +273,7 @@ def ppo_value_loss_reference(
         "error": mean(free_square),
         "value_mean": mean(values),
         "return_mean": mean(returns),
-        "explained_variance": 1 - residual_var / return_var if return_var > 0 else n * 0,
+        "explained_variance": 1 - residual_var / return_var if return_var > 1e-12 * mean(returns**2) else n * 0,
         "tokens": n,
     }
     return aggregate_reference(loss, weight, aggregate, normalizer), {k: v.detach() for k, v in stats.items()}
