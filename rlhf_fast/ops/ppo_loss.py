@@ -282,6 +282,7 @@ def ppo_value_loss_reference(
 def _context(ctx, inputs, output):
     ctx.save_for_backward(inputs[4], *output[2:])  # cu_seqlens, the rows' weights, the slopes
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else backward starts by filling zeros for each of those
 
 
 def _policy_context(ctx, inputs, output):
@@ -290,6 +291,8 @@ def _policy_context(ctx, inputs, output):
 
 
 def _policy_formula(ctx, grad, *_):
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     cu_seqlens, row_weight, slope, advantage_slope = ctx.saved_tensors
     new, old, adv = ctx.needs_input_grad[:3]
     by_logprob = _backward(grad, slope, row_weight, cu_seqlens) if new or old else None
@@ -301,6 +304,8 @@ def _policy_formula(ctx, grad, *_):
 
 
 def _value_formula(ctx, grad, *_):
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     cu_seqlens, row_weight, *slopes = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     gradients = (
