@@ -2,8 +2,8 @@
 //
 // Policy, per token, with d = clamp(logprob - old_logprob, +-log_ratio_clip), r = exp(d), A the advantage:
 //   ppo     l = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high));   where A < 0, with a dual clip c (Ye et al. 2019): l = min(l, -A c)
-//   cispo   l = -A c logprob,  c = clamp(r, 1 - clip_low, 1 + clip_high) a constant (MiniMax-M1 2025, arXiv 2506.13585, eq. 4)
-// At sequence level (GSPO: Zheng et al. 2025, arXiv 2507.18071, in the token form of its eq. 14) d is clamped from the mean of
+//   cispo   l = -A c logprob,  c = clamp(r, 1 - clip_low, 1 + clip_high) a constant (MiniMax-M1 2025, arXiv 2506.13585)
+// At sequence level (GSPO: Zheng et al. 2025, arXiv 2507.18071, in its token form, GSPO-token) d is clamped from the mean of
 // logprob - old_logprob over the row, by the mask's weights, and d r / d logprob = r at every token of it.
 // Value, per token, with v_c = clamp(v, v_old - clip, v_old + clip):
 //   l = max((v - R)^2, (v_c - R)^2) / 2

@@ -113,7 +113,7 @@ def test_one_advantage_a_sequence(device):
 
 
 def test_gspo(device):
-    """The sequence ratio with one advantage a sequence: the paper's loss (eq. 5) and its gradient (eq. 10)."""
+    """The sequence ratio with one advantage a sequence: the paper's loss and its gradient."""
     new, old, _ = draw(4, 7, device=device)
     new = (old + (new - old) * 0.1).requires_grad_()
     advantages = torch.tensor([1.0, -2.0, 0.5, -0.1], device=device)

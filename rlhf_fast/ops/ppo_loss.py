@@ -66,10 +66,10 @@ def ppo_policy_loss(
     at most -A c. Gradients are those of torch.max and torch.clamp, ties included, and flow to logprobs, old_logprobs and
     advantages where asked for.
 
-    At sequence level (GSPO: Zheng et al. 2025, arXiv 2507.18071, in the token form of eq. 14, which verl runs) the mean of
+    At sequence level (GSPO: Zheng et al. 2025, arXiv 2507.18071, in its GSPO-token form, which verl runs) the mean of
     logprobs - old_logprobs over the row's mask stands in the place of each token's own, and d r / d logprobs is r at every
     token: with one advantage a sequence and "seq-mean-token-mean" this has GSPO's loss and gradient. CISPO (MiniMax-M1 2025,
-    arXiv 2506.13585, eq. 4) weights a policy gradient with the clipped ratio, -A clamp(r, 1 - clip_low, 1 + clip_high) logprobs,
+    arXiv 2506.13585) weights a policy gradient with the clipped ratio, -A clamp(r, 1 - clip_low, 1 + clip_high) logprobs,
     the ratio a constant. Neither has a gradient to old_logprobs: it is 0.
 
     Args:
