@@ -64,21 +64,6 @@ struct GaeArrays {
   }
 };
 
-// Rows of a padded [B, T] tensor, or of a packed [N] one: row b is [offsets[b], offsets[b + 1]). Offsets from a CUDA tensor
-// cannot be checked on the host, so they are bounded here.
-struct GaeRows {
-  int64_t rows, length, tokens;
-  const void* offsets;
-  bool long_offsets;
-
-  HOST_DEVICE int64_t offset(int64_t b) const {
-    const int64_t at = long_offsets ? static_cast<const int64_t*>(offsets)[b] : static_cast<const int32_t*>(offsets)[b];
-    return at < 0 ? 0 : at > tokens ? tokens : at;
-  }
-  HOST_DEVICE int64_t begin(int64_t row) const { return offsets ? offset(row) : row * length; }
-  HOST_DEVICE int64_t end(int64_t row) const { return offsets ? offset(row + 1) : (row + 1) * length; }
-};
-
 // d loss / d (rewards, values, bootstrap) of one row: the adjoint of gae_step, forwards over the tokens.
 template <class A>
 HOST_DEVICE void gae_row_backward(const A* grad_advantages, const A* grad_returns, const Mask& mask, A* grad_rewards, A* grad_values,
@@ -107,27 +92,19 @@ HOST_DEVICE void gae_row_backward(const A* grad_advantages, const A* grad_return
 struct GaeCall {
   Tensor rewards, values;
   OptionalTensor mask, bootstrap, lam, returns_lam, offsets;
-  GaeRows rows;
+  Rows rows;
   GaeOptions options;
 };
 
 inline GaeCall gae_call(Tensor rewards, Tensor values, OptionalTensor mask, OptionalTensor bootstrap, OptionalTensor lam_rows,
                         OptionalTensor returns_lam_rows, OptionalTensor cu_seqlens, double gamma, double lam, double returns_lam, bool decay) {
   const char* op = "gae";
-  const bool packed = cu_seqlens.has_value();
-  CHECK_VALUE(rewards.dim() == (packed ? 1 : 2), op, ": `rewards` must be ", packed ? "[N] beside `cu_seqlens`" : "[B, T]", ", got shape ",
-              shape_of(rewards));
+  const OptionalTensor offsets = contiguous_offsets(op, cu_seqlens, "rewards", rewards);
   check_twin(op, "values", values, "rewards", rewards);
   GaeCall call{dense(rewards), dense(values), contiguous_mask(op, mask, "rewards", rewards)};
-  int64_t rows = packed ? 0 : rewards.size(0);
-  if (packed) {
-    CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op, ": `cu_seqlens` must be [sequences + 1], got shape ", shape_of(*cu_seqlens));
-    CHECK_TYPE(cu_seqlens->scalar_type() == ScalarType::Int || cu_seqlens->scalar_type() == ScalarType::Long, op,
-               ": `cu_seqlens` must be int32 or int64, got ", torch::headeronly::toString(cu_seqlens->scalar_type()));
-    check_same_device(op, "cu_seqlens", *cu_seqlens, "rewards", rewards);
-    call.offsets = dense(*cu_seqlens);
-    rows = cu_seqlens->size(0) - 1;
-  }
+  call.offsets = offsets;
+  call.rows = rows_view(op, rewards, offsets);
+  const int64_t rows = call.rows.rows;
   auto take_rows = [&](const OptionalTensor& t, const char* name, ScalarType type, OptionalTensor& into) {
     if (!t.has_value()) return;
     CHECK_VALUE(t->dim() == 1 && t->size(0) == rows, op, ": `", name, "` must hold one value a sequence, [", rows, "], got shape ", shape_of(*t));
@@ -139,8 +116,6 @@ inline GaeCall gae_call(Tensor rewards, Tensor values, OptionalTensor mask, Opti
   take_rows(bootstrap, "bootstrap", rewards.scalar_type(), call.bootstrap);
   take_rows(lam_rows, "lam", ScalarType::Double, call.lam);
   take_rows(returns_lam_rows, "returns_lam", ScalarType::Double, call.returns_lam);
-  call.rows = {rows, packed ? 0 : rewards.size(1), rewards.numel(), packed ? call.offsets->const_data_ptr() : nullptr,
-               packed && call.offsets->scalar_type() == ScalarType::Long};
   call.options = {gamma, lam, returns_lam, call.lam ? in<double>(*call.lam) : nullptr, call.returns_lam ? in<double>(*call.returns_lam) : nullptr, decay};
   return call;
 }
@@ -151,25 +126,7 @@ GaeArrays<A> gae_arrays(const GaeCall& call, const Tensor& advantages, const Ten
           out<A>(advantages), out<A>(returns)};
 }
 
-// A packed token that no sequence claims keeps the zero it starts with.
-inline Tensor gae_output(const GaeCall& call) {
-  return call.offsets.has_value() ? torch::stable::new_zeros(call.rewards, call.rewards.sizes())
-                                  : empty(call.rewards, call.rewards.sizes());
-}
-
 #if !defined(RLHF_DEVICE_CODE)
-
-inline void check_offsets(const GaeCall& call) {
-  if (!call.offsets.has_value()) return;
-  auto raw = [&](int64_t b) {
-    const void* data = call.offsets->const_data_ptr();
-    return call.rows.long_offsets ? static_cast<const int64_t*>(data)[b] : static_cast<const int32_t*>(data)[b];
-  };
-  CHECK_VALUE(raw(0) == 0, "gae: `cu_seqlens` must start at 0, got ", raw(0));
-  for (int64_t b = 0; b < call.rows.rows; ++b)
-    CHECK_VALUE(raw(b + 1) >= raw(b), "gae: `cu_seqlens` must not decrease, got ", raw(b), " then ", raw(b + 1), " at position ", b + 1);
-  CHECK_VALUE(raw(call.rows.rows) == call.rows.tokens, "gae: `cu_seqlens` must end at N = ", call.rows.tokens, ", got ", raw(call.rows.rows));
-}
 
 // The recursion A_t = factor_t A_{t+1} + term_t over a block of tokens. A step waits for the one before, so four runs of tokens
 // go side by side, each from 0; then what stands right of a run comes in through the product of the run's factors.
@@ -323,7 +280,7 @@ CPU_CLONES void gae_row(const GaeArrays<A>& a, int64_t row, int64_t begin, int64
 
 template <class F>
 void for_gae_rows(const GaeCall& call, const F& f) {
-  const GaeRows& rows = call.rows;
+  const Rows& rows = call.rows;
   const int64_t each = rows.rows > 0 ? rows.tokens / rows.rows : 0;
   parallel_for(rows.rows, each, [&](int64_t row) { f(row, rows.begin(row), rows.end(row), call.options.of_row(row)); });
 }
@@ -366,7 +323,7 @@ HOST_DEVICE GaeMap compose(const GaeMap& left, const GaeMap& right) {
 
 // One block a row, in tiles from the right.
 template <int kThreads, class A>
-__global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, GaeRows rows, GaeOptions options) {
+__global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, Rows rows, GaeOptions options) {
   constexpr int kPack = Pack<A>::kSize, kTokens = 2 * kPack, kWarps = kThreads / kWarp;
   constexpr int64_t kTile = int64_t(kThreads) * kTokens;
   __shared__ GaeMap warp_maps[kWarps];
@@ -428,7 +385,7 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, GaeRows r
 // One thread a row: gradients through GAE are asked for in tests of other code, hardly in training, where advantages are constants.
 template <class A>
 __global__ void __launch_bounds__(kLoopThreads) gae_backward_kernel(const A* grad_advantages, const A* grad_returns, Mask mask, A* grad_rewards,
-                                                                    A* grad_values, A* grad_bootstrap, GaeRows rows, GaeOptions options) {
+                                                                    A* grad_values, A* grad_bootstrap, Rows rows, GaeOptions options) {
   const int64_t row = blockIdx.x * int64_t(kLoopThreads) + threadIdx.x;
   if (row < rows.rows)
     gae_row_backward(grad_advantages, grad_returns, mask, grad_rewards, grad_values, grad_bootstrap, row, rows.begin(row), rows.end(row),
@@ -441,10 +398,7 @@ inline std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTen
                                       OptionalTensor returns_lam_rows, OptionalTensor cu_seqlens, double gamma, double lam, double returns_lam,
                                       bool decay) {
   const GaeCall call = gae_call(rewards, values, mask, bootstrap, lam_rows, returns_lam_rows, cu_seqlens, gamma, lam, returns_lam, decay);
-  Tensor advantages = gae_output(call), returns = gae_output(call);
-#if !defined(RLHF_DEVICE_CODE)
-  check_offsets(call);
-#endif
+  Tensor advantages = empty_tokens(call.rewards, call.rows), returns = empty_tokens(call.rewards, call.rows);
   for_real(rewards.scalar_type(), "gae", "rewards", [&](auto zero) {
     using A = decltype(zero);
     const GaeArrays<A> arrays = gae_arrays<A>(call, advantages, returns);
@@ -469,7 +423,7 @@ inline std::tuple<Tensor, Tensor, Tensor> gae_backward(Tensor grad_advantages_, 
   check_twin("gae", "grad_advantages", grad_advantages_, "rewards", rewards);
   check_twin("gae", "grad_returns", grad_returns_, "rewards", rewards);
   const Tensor grad_advantages = dense(grad_advantages_), grad_returns = dense(grad_returns_);
-  Tensor grad_rewards = gae_output(call), grad_values = gae_output(call);
+  Tensor grad_rewards = empty_tokens(call.rewards, call.rows), grad_values = empty_tokens(call.rewards, call.rows);
   Tensor grad_bootstrap = empty(call.rewards, {call.bootstrap ? call.rows.rows : 0});
   for_real(rewards.scalar_type(), "gae", "rewards", [&](auto zero) {
     using A = decltype(zero);

@@ -138,10 +138,10 @@ template <class R>
 struct StatesFinish {
   R r;
   const double* partial;
-  int64_t rows, chunks;
+  Rows rows;
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
-    for (int64_t row = team.rank; row < rows; row += team.size) r.states[row] = r.state(row, row_terms<R>(partial, row, chunks));
+    for (int64_t row = team.rank; row < rows.rows; row += team.size) r.states[row] = r.state(row, row_terms<R>(partial, rows, row));
   }
 };
 
@@ -152,10 +152,10 @@ struct StatesWrite {
 };
 
 template <class R>
-void reduce_states(const Tensor& on, int64_t rows, int64_t length, const R& r) {
-  const Tensor partial = partial_terms(on, rows, length, R::kTerms);
-  reduce_rows(on, rows, length, Mask{}, r, out<double>(partial));
-  run_team(on, StatesFinish<R>{r, in<double>(partial), rows, chunks_of(length)});
+void reduce_states(const Tensor& on, const Rows& rows, const R& r) {
+  const Tensor partial = partial_terms(on, rows, R::kTerms);
+  reduce_rows(on, rows, Mask{}, r, out<double>(partial));
+  run_team(on, StatesFinish<R>{r, in<double>(partial), rows});
 }
 
 // A row by one team, which keeps it in cache and its state in registers.
@@ -220,8 +220,8 @@ template <class R>
 void for_groups(const Tensor& on, int64_t groups, int64_t size, const R& r) {
   if (groups == 0) return;
   if (size <= kChunk) return rows_by_team(on, groups, size, r);
-  reduce_states(on, groups, size, r);
-  for_each(on, groups, size, Mask{}, StatesWrite<R>{r});
+  reduce_states(on, padded_rows(groups, size), r);
+  for_each(on, padded_rows(groups, size), Mask{}, StatesWrite<R>{r});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ inline std::tuple<Tensor, Tensor> group_advantages(Tensor rewards_, int64_t grou
   auto* states = reinterpret_cast<Moments*>(out<double>(moments));
   for_real(rewards.scalar_type(), op, "rewards", [&](auto zero) {
     using A = decltype(zero);
-    if (scale == kBatchStd) reduce_states(rewards, 1, n, MomentsOf<A>{in<A>(rewards), states + groups, n});
+    if (scale == kBatchStd) reduce_states(rewards, padded_rows(1, n), MomentsOf<A>{in<A>(rewards), states + groups, n});
     for_groups(rewards, groups, group_size,
                GroupForward<A>{{in<A>(rewards), states, group_size}, states, states + groups, out<A>(advantages), options});
   });
@@ -275,7 +275,7 @@ inline Tensor group_advantages_backward(Tensor grad_, Tensor rewards_, Tensor mo
   for_real(rewards.scalar_type(), op, "rewards", [&](auto zero) {
     using A = decltype(zero);
     const GroupBackward<A> group{in<A>(grad), in<A>(rewards), states, states + groups, dot, ups, out<A>(grad_rewards), n, options};
-    if (scale == kBatchStd) reduce_states(rewards, 1, n, BatchDot<A>{group, dot});
+    if (scale == kBatchStd) reduce_states(rewards, padded_rows(1, n), BatchDot<A>{group, dot});
     for_groups(rewards, groups, group_size, group);
   });
   return grad_rewards;

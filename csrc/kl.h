@@ -84,7 +84,8 @@ inline Tensor kl_penalty(Tensor logprobs_, Tensor ref_logprobs_, OptionalTensor 
   Tensor penalty = empty(logprobs, logprobs.sizes());
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
-    for_each(logprobs, 1, logprobs.numel(), mask_view(op, mask), KlForward<A>{in<A>(logprobs), in<A>(ref_logprobs), out<A>(penalty), options});
+    for_each(logprobs, padded_rows(1, logprobs.numel()), mask_view(op, mask),
+             KlForward<A>{in<A>(logprobs), in<A>(ref_logprobs), out<A>(penalty), options});
   });
   return penalty;
 }
@@ -100,7 +101,7 @@ inline Tensor kl_penalty_backward(Tensor grad_, Tensor logprobs_, Tensor ref_log
   Tensor grad_logprobs = empty(logprobs, logprobs.sizes());
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
     using A = decltype(zero);
-    for_each(logprobs, 1, logprobs.numel(), mask_view(op, mask),
+    for_each(logprobs, padded_rows(1, logprobs.numel()), mask_view(op, mask),
              KlBackward<A>{in<A>(grad), in<A>(logprobs), in<A>(ref_logprobs), out<A>(grad_logprobs), options});
   });
   return grad_logprobs;
@@ -114,25 +115,24 @@ struct ShapeOptions {
   double kl_coef, score_clip;
 };
 
-// The last position with weight, or -1: a row without a token has nowhere to put its score.
+// The last token with weight, or -1: a row without a token has nowhere to put its score.
 struct LastToken {
   static constexpr int kTerms = 1;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kMax; }
-  int64_t length;
-  HOST_DEVICE void terms(int64_t row, int64_t i, double weight, double* t) const {
-    t[0] = weight != 0 ? static_cast<double>(i - row * length) : -1.0;
-  }
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const { t[0] = weight != 0 ? index_at(i) : all<V>(-1.0); }
 };
 
 struct LastTokenFinish {
   const double* partial;
-  int64_t* last;  // [rows]: the index into [rows * length], or -1
-  int64_t rows, length, chunks;
+  int64_t* last;  // [rows]
+  Rows rows;
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
-    for (int64_t row = team.rank; row < rows; row += team.size) {
-      const double t = row_terms<LastToken>(partial, row, chunks).at[0];
-      last[row] = t < 0 ? -1 : row * length + static_cast<int64_t>(t);
+    for (int64_t row = team.rank; row < rows.rows; row += team.size) {
+      const double i = row_terms<LastToken>(partial, rows, row).at[0];
+      last[row] = i < 0 ? -1 : static_cast<int64_t>(i);  // an empty row folds to -infinity
     }
   }
 };
@@ -163,59 +163,63 @@ struct ShapeBackward {
   }
 };
 
-inline void check_shape_rewards(const char* op, const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs) {
-  CHECK_VALUE(logprobs.dim() == 2, op, ": `logprobs` must be [B, T], got shape ", shape_of(logprobs));
+// The arguments as both passes need them: checked, dense, and what they borrow from kept alive.
+struct ShapeCall {
+  Tensor scores, logprobs, ref_logprobs;
+  OptionalTensor mask, offsets;
+  Rows rows;
+  ShapeOptions options;
+};
+
+inline ShapeCall shape_call(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& mask,
+                            const OptionalTensor& cu_seqlens, double kl_coef, int64_t estimator, bool straight_through, double score_clip) {
+  const char* op = "shape_rewards";
+  const double none = std::numeric_limits<double>::infinity();
+  const OptionalTensor offsets = contiguous_offsets(op, cu_seqlens, "logprobs", logprobs);
   check_twin(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs);
-  CHECK_VALUE(scores.dim() == 1 && scores.size(0) == logprobs.size(0), op, ": `scores` must be [B] = [", logprobs.size(0), "], got shape ",
-              shape_of(scores));
+  const Rows rows = rows_view(op, logprobs, offsets);
+  CHECK_VALUE(scores.dim() == 1 && scores.size(0) == rows.rows, op, ": `scores` must be [B] = [", rows.rows, "], got shape ", shape_of(scores));
   check_same_device(op, "scores", scores, "logprobs", logprobs);
   CHECK_TYPE(scores.scalar_type() == logprobs.scalar_type(), op, ": `scores` must have the dtype of `logprobs`");
+  return {dense(scores), dense(logprobs), dense(ref_logprobs), contiguous_mask(op, mask, "logprobs", logprobs), offsets, rows,
+          {kl_options(op, estimator, straight_through, none, none), kl_coef, score_clip}};
 }
 
-inline Tensor last_tokens(const Tensor& logprobs, const Mask& mask) {
-  const int64_t rows = logprobs.size(0), length = logprobs.size(1);
-  const Tensor partial = partial_terms(logprobs, rows, length, LastToken::kTerms);
-  Tensor last = empty(logprobs, {rows}, ScalarType::Long);
-  reduce_rows(logprobs, rows, length, mask, LastToken{length}, out<double>(partial));
-  run_team(logprobs, LastTokenFinish{in<double>(partial), out<int64_t>(last), rows, length, chunks_of(length)});
+inline Tensor last_tokens(const ShapeCall& call) {
+  const Tensor partial = partial_terms(call.logprobs, call.rows, LastToken::kTerms);
+  Tensor last = empty(call.logprobs, {call.rows.rows}, ScalarType::Long);
+  reduce_rows(call.logprobs, call.rows, mask_view("shape_rewards", call.mask), LastToken{}, out<double>(partial));
+  run_team(call.logprobs, LastTokenFinish{in<double>(partial), out<int64_t>(last), call.rows});
   return last;
 }
 
-inline Tensor shape_rewards(Tensor scores_, Tensor logprobs_, Tensor ref_logprobs_, Tensor mask_, double kl_coef, int64_t estimator,
-                            bool straight_through, double score_clip) {
-  const char* op = "shape_rewards";
-  check_shape_rewards(op, scores_, logprobs_, ref_logprobs_);
-  const double none = std::numeric_limits<double>::infinity();
-  const ShapeOptions options{kl_options(op, estimator, straight_through, none, none), kl_coef, score_clip};
-  const Tensor scores = dense(scores_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
-  const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
-  Tensor rewards = empty(logprobs, logprobs.sizes());
-  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
+inline Tensor shape_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, OptionalTensor cu_seqlens, double kl_coef,
+                            int64_t estimator, bool straight_through, double score_clip) {
+  const ShapeCall call = shape_call(scores, logprobs, ref_logprobs, mask, cu_seqlens, kl_coef, estimator, straight_through, score_clip);
+  Tensor rewards = empty_tokens(call.logprobs, call.rows);
+  for_real(logprobs.scalar_type(), "shape_rewards", "logprobs", [&](auto zero) {
     using A = decltype(zero);
-    const Tensor last = last_tokens(logprobs, mask_view(op, mask));
-    for_each(logprobs, logprobs.size(0), logprobs.size(1), mask_view(op, mask),
-             ShapeForward<A>{in<A>(scores), in<A>(logprobs), in<A>(ref_logprobs), in<int64_t>(last), out<A>(rewards), options});
+    const Tensor last = last_tokens(call);
+    for_each(call.logprobs, call.rows, mask_view("shape_rewards", call.mask),
+             ShapeForward<A>{in<A>(call.scores), in<A>(call.logprobs), in<A>(call.ref_logprobs), in<int64_t>(last), out<A>(rewards), call.options});
   });
   return rewards;
 }
 
-inline std::tuple<Tensor, Tensor> shape_rewards_backward(Tensor grad_, Tensor scores_, Tensor logprobs_, Tensor ref_logprobs_, Tensor mask_,
-                                                         double kl_coef, int64_t estimator, bool straight_through, double score_clip) {
-  const char* op = "shape_rewards";
-  check_shape_rewards(op, scores_, logprobs_, ref_logprobs_);
-  check_twin(op, "grad", grad_, "logprobs", logprobs_);
-  const double none = std::numeric_limits<double>::infinity();
-  const ShapeOptions options{kl_options(op, estimator, straight_through, none, none), kl_coef, score_clip};
-  const Tensor grad = dense(grad_), scores = dense(scores_), logprobs = dense(logprobs_), ref_logprobs = dense(ref_logprobs_);
-  const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
-  Tensor grad_scores = torch::stable::new_zeros(scores, scores.sizes());
-  Tensor grad_logprobs = empty(logprobs, logprobs.sizes());
-  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
+inline std::tuple<Tensor, Tensor> shape_rewards_backward(Tensor grad_, Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask,
+                                                         OptionalTensor cu_seqlens, double kl_coef, int64_t estimator, bool straight_through,
+                                                         double score_clip) {
+  const ShapeCall call = shape_call(scores, logprobs, ref_logprobs, mask, cu_seqlens, kl_coef, estimator, straight_through, score_clip);
+  check_twin("shape_rewards", "grad", grad_, "logprobs", logprobs);
+  const Tensor grad = dense(grad_);
+  Tensor grad_scores = torch::stable::new_zeros(call.scores, call.scores.sizes());
+  Tensor grad_logprobs = empty_tokens(call.logprobs, call.rows);
+  for_real(logprobs.scalar_type(), "shape_rewards", "logprobs", [&](auto zero) {
     using A = decltype(zero);
-    const Tensor last = last_tokens(logprobs, mask_view(op, mask));
-    for_each(logprobs, logprobs.size(0), logprobs.size(1), mask_view(op, mask),
-             ShapeBackward<A>{in<A>(grad), in<A>(scores), in<A>(logprobs), in<A>(ref_logprobs), in<int64_t>(last), out<A>(grad_scores),
-                              out<A>(grad_logprobs), options});
+    const Tensor last = last_tokens(call);
+    for_each(call.logprobs, call.rows, mask_view("shape_rewards", call.mask),
+             ShapeBackward<A>{in<A>(grad), in<A>(call.scores), in<A>(call.logprobs), in<A>(call.ref_logprobs), in<int64_t>(last),
+                              out<A>(grad_scores), out<A>(grad_logprobs), call.options});
   });
   return {grad_scores, grad_logprobs};
 }

@@ -11,29 +11,31 @@ namespace rlhf_fast::RLHF_UNIT {
 template <class A>
 struct WeightedSum {  // -> sum w, sum w x
   static constexpr int kTerms = 2;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A* x;
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
     t[0] = weight;
-    t[1] = weight != 0 ? weight * x[i] : 0.0;
+    t[1] = weight != 0 ? weight * load_at(x, i) : all<V>(0.0);
   }
 };
 
 HOST_DEVICE double ratio_or_zero(double numerator, double denominator) { return denominator != 0 ? numerator / denominator : 0.0; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// masked_mean: x [rows, length] -> mean [rows], and the sum of weights of each row for the backward pass.
+// masked_mean: x [rows, length] or packed [N] -> mean [rows], and the sum of weights of each row for the backward pass.
 
 template <class A>
 struct MeanFinish {
   const double* partial;
   A* mean;
   double* weight_sum;
-  int64_t rows, chunks;
+  Rows rows;
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
-    for (int64_t row = team.rank; row < rows; row += team.size) {
-      const Terms<WeightedSum<A>> t = row_terms<WeightedSum<A>>(partial, row, chunks);
+    for (int64_t row = team.rank; row < rows.rows; row += team.size) {
+      const Terms<WeightedSum<A>> t = row_terms<WeightedSum<A>>(partial, rows, row);
       mean[row] = static_cast<A>(ratio_or_zero(t.at[1], t.at[0]));
       weight_sum[row] = t.at[0];
     }
@@ -44,38 +46,40 @@ template <class A>
 struct MeanBackward {
   const A* grad;             // [rows]
   const double* weight_sum;  // [rows]
-  A* grad_x;                 // [rows, length]
+  A* grad_x;                 // like x
   HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
     grad_x[i] = static_cast<A>(weight != 0 ? grad[row] * ratio_or_zero(weight, weight_sum[row]) : 0.0);
   }
 };
 
-inline std::tuple<Tensor, Tensor> masked_mean(Tensor x_, Tensor mask_) {
+inline std::tuple<Tensor, Tensor> masked_mean(Tensor x_, Tensor mask_, OptionalTensor cu_seqlens) {
   const char* op = "masked_mean";
-  CHECK_VALUE(x_.dim() == 2, op, ": `x` must be [rows, length] here, got shape ", shape_of(x_));
+  const OptionalTensor offsets = contiguous_offsets(op, cu_seqlens, "x", x_);
   const Tensor x = dense(x_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
-  const int64_t rows = x.size(0), length = x.size(1);
-  Tensor mean = empty(x, {rows});
-  Tensor weight_sum = empty(x, {rows}, ScalarType::Double);
+  const Rows rows = rows_view(op, x, offsets);
+  Tensor mean = empty(x, {rows.rows});
+  Tensor weight_sum = empty(x, {rows.rows}, ScalarType::Double);
   for_real(x.scalar_type(), op, "x", [&](auto zero) {
     using A = decltype(zero);
-    const Tensor partial = partial_terms(x, rows, length, WeightedSum<A>::kTerms);
-    reduce_rows(x, rows, length, mask_view(op, mask), WeightedSum<A>{in<A>(x)}, out<double>(partial));
-    run_team(x, MeanFinish<A>{in<double>(partial), out<A>(mean), out<double>(weight_sum), rows, chunks_of(length)});
+    const Tensor partial = partial_terms(x, rows, WeightedSum<A>::kTerms);
+    reduce_rows(x, rows, mask_view(op, mask), WeightedSum<A>{in<A>(x)}, out<double>(partial));
+    run_team(x, MeanFinish<A>{in<double>(partial), out<A>(mean), out<double>(weight_sum), rows});
   });
   return {mean, weight_sum};
 }
 
-inline Tensor masked_mean_backward(Tensor grad_, Tensor mask_, Tensor weight_sum) {
+inline Tensor masked_mean_backward(Tensor grad_, Tensor mask_, Tensor weight_sum, OptionalTensor cu_seqlens) {
   const char* op = "masked_mean";
-  CHECK_VALUE(mask_.dim() == 2 && grad_.dim() == 1 && grad_.size(0) == mask_.size(0) && weight_sum.numel() == grad_.numel(), op,
-              ": the shapes given to the backward pass do not belong together");
+  const OptionalTensor offsets = contiguous_offsets(op, cu_seqlens, "mask", mask_);
   const Tensor grad = dense(grad_), mask = dense(mask_);
-  Tensor grad_x = empty(grad, mask.sizes());
+  const Rows rows = rows_view(op, mask, offsets);
+  CHECK_VALUE(grad_.dim() == 1 && grad_.size(0) == rows.rows && weight_sum.numel() == rows.rows, op,
+              ": the shapes given to the backward pass do not belong together");
+  Tensor grad_x = empty_tokens(grad, mask.sizes(), rows);
   for_real(grad.scalar_type(), op, "grad", [&](auto zero) {
     using A = decltype(zero);
-    for_each(grad, mask.size(0), mask.size(1), mask_view(op, mask), MeanBackward<A>{in<A>(grad), in<double>(weight_sum), out<A>(grad_x)});
+    for_each(grad, rows, mask_view(op, mask), MeanBackward<A>{in<A>(grad), in<double>(weight_sum), out<A>(grad_x)});
   });
   return grad_x;
 }
@@ -91,12 +95,14 @@ struct Whitening {
 template <class A>
 struct SquaredDeviation {
   static constexpr int kTerms = 1;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A* x;
   const Whitening* w;
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    const double deviation = x[i] - w->mean;
-    t[0] = weight != 0 ? weight * deviation * deviation : 0.0;
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    const V deviation = load_at(x, i) - w->mean;
+    t[0] = weight != 0 ? weight * deviation * deviation : all<V>(0.0);
   }
 };
 
@@ -104,12 +110,12 @@ template <class A>
 struct WhitenMean {
   const double* partial;
   Whitening* w;
-  int64_t chunks;
+  Rows rows;
   bool unbiased;
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
     if (team.rank != 0) return;
-    const Terms<WeightedSum<A>> t = row_terms<WeightedSum<A>>(partial, 0, chunks);
+    const Terms<WeightedSum<A>> t = row_terms<WeightedSum<A>>(partial, rows, 0);
     const double n = t.at[0];
     *w = {n, ratio_or_zero(t.at[1], n), unbiased && n > 1 ? n - 1 : n, 0.0};  // one token has no unbiased variance: 0 / n is 0
   }
@@ -119,12 +125,12 @@ template <class A>
 struct WhitenScale {
   const double* partial;
   Whitening* w;
-  int64_t chunks;
+  Rows rows;
   double eps;
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
     if (team.rank != 0) return;
-    const double squares = row_terms<SquaredDeviation<A>>(partial, 0, chunks).at[0];
+    const double squares = row_terms<SquaredDeviation<A>>(partial, rows, 0).at[0];
     w->scale = w->weight_sum != 0 ? 1.0 / sqrt(squares / w->divisor + eps) : 0.0;
   }
 };
@@ -145,12 +151,15 @@ struct WhitenForward {
 template <class A>
 struct WhitenUpstream {  // -> sum g, sum g (x - mean)
   static constexpr int kTerms = 2;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const A *grad, *x;
   const Whitening* w;
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    t[0] = weight != 0 ? static_cast<double>(grad[i]) : 0.0;
-    t[1] = weight != 0 ? grad[i] * (x[i] - w->mean) : 0.0;
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    const V zero = all<V>(0.0), g = load_at(grad, i);
+    t[0] = weight != 0 ? g : zero;
+    t[1] = weight != 0 ? g * (load_at(x, i) - w->mean) : zero;
   }
 };
 
@@ -158,11 +167,11 @@ template <class A>
 struct WhitenTotals {
   const double* partial;
   double* totals;  // [2]
-  int64_t chunks;
+  Rows rows;
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
     if (team.rank != 0) return;
-    const Terms<WhitenUpstream<A>> t = row_terms<WhitenUpstream<A>>(partial, 0, chunks);
+    const Terms<WhitenUpstream<A>> t = row_terms<WhitenUpstream<A>>(partial, rows, 0);
     totals[0] = t.at[0];
     totals[1] = t.at[1];
   }
@@ -187,19 +196,19 @@ inline std::tuple<Tensor, Tensor> masked_whiten(Tensor x_, Tensor mask_, bool sh
   const char* op = "masked_whiten";
   const Tensor x = dense(x_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
-  const int64_t n = x.numel(), chunks = chunks_of(n);
+  const Rows rows = padded_rows(1, x.numel());
   Tensor whitened = empty(x, x.sizes());
   Tensor whitening = empty(x, {4}, ScalarType::Double);
   auto* w = reinterpret_cast<Whitening*>(out<double>(whitening));
   for_real(x.scalar_type(), op, "x", [&](auto zero) {
     using A = decltype(zero);
     const Mask view = mask_view(op, mask);
-    const Tensor partial = partial_terms(x, 1, n, WeightedSum<A>::kTerms);
-    reduce_rows(x, 1, n, view, WeightedSum<A>{in<A>(x)}, out<double>(partial));
-    run_team(x, WhitenMean<A>{in<double>(partial), w, chunks, unbiased});
-    reduce_rows(x, 1, n, view, SquaredDeviation<A>{in<A>(x), w}, out<double>(partial));
-    run_team(x, WhitenScale<A>{in<double>(partial), w, chunks, eps});
-    for_each(x, 1, n, view, WhitenForward<A>{in<A>(x), w, out<A>(whitened), shift_mean});
+    const Tensor partial = partial_terms(x, rows, WeightedSum<A>::kTerms);
+    reduce_rows(x, rows, view, WeightedSum<A>{in<A>(x)}, out<double>(partial));
+    run_team(x, WhitenMean<A>{in<double>(partial), w, rows, unbiased});
+    reduce_rows(x, rows, view, SquaredDeviation<A>{in<A>(x), w}, out<double>(partial));
+    run_team(x, WhitenScale<A>{in<double>(partial), w, rows, eps});
+    for_each(x, rows, view, WhitenForward<A>{in<A>(x), w, out<A>(whitened), shift_mean});
   });
   return {whitened, whitening};
 }
@@ -209,17 +218,17 @@ inline Tensor masked_whiten_backward(Tensor grad_, Tensor x_, Tensor mask_, Tens
   check_twin(op, "grad", grad_, "x", x_);
   const Tensor grad = dense(grad_), x = dense(x_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "x", x_);
-  const int64_t n = x.numel();
+  const Rows rows = padded_rows(1, x.numel());
   Tensor grad_x = empty(x, x.sizes());
   const auto* w = reinterpret_cast<const Whitening*>(in<double>(whitening));
   for_real(x.scalar_type(), op, "x", [&](auto zero) {
     using A = decltype(zero);
     const Mask view = mask_view(op, mask);
-    const Tensor partial = partial_terms(x, 1, n, WhitenUpstream<A>::kTerms);
+    const Tensor partial = partial_terms(x, rows, WhitenUpstream<A>::kTerms);
     Tensor totals = empty(x, {2}, ScalarType::Double);
-    reduce_rows(x, 1, n, view, WhitenUpstream<A>{in<A>(grad), in<A>(x), w}, out<double>(partial));
-    run_team(x, WhitenTotals<A>{in<double>(partial), out<double>(totals), chunks_of(n)});
-    for_each(x, 1, n, view, WhitenBackward<A>{in<A>(grad), in<A>(x), w, in<double>(totals), out<A>(grad_x), shift_mean});
+    reduce_rows(x, rows, view, WhitenUpstream<A>{in<A>(grad), in<A>(x), w}, out<double>(partial));
+    run_team(x, WhitenTotals<A>{in<double>(partial), out<double>(totals), rows});
+    for_each(x, rows, view, WhitenBackward<A>{in<A>(grad), in<A>(x), w, in<double>(totals), out<A>(grad_x), shift_mean});
   });
   return grad_x;
 }

@@ -26,10 +26,67 @@ HOST_DEVICE void for_constants(const F& f) {
   for_constants(f, std::make_integer_sequence<int, kCount>{});
 }
 
+// The unsigned integers that are the bits of V.
+template <class V> struct BitsOf { using type = std::conditional_t<sizeof(V) == 4, uint32_t, uint64_t>; };
+
+#if !defined(RLHF_DEVICE_CODE)
+
+// 64 bytes of numbers: one register, or a few, of every instruction set. A loop over them adds in an order of its own
+// making, the same for all sets, where a SIMD reduction leaves order and the final sum to the compiler.
+template <class A> using Lanes __attribute__((vector_size(64))) = A;
+template <class A> using LaneIndex = Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
+template <class A> constexpr int kLanes = 64 / sizeof(A);
+template <> struct BitsOf<Lanes<float>> { using type = Lanes<uint32_t>; };
+template <> struct BitsOf<Lanes<double>> { using type = Lanes<uint64_t>; };
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arithmetic for one token or for eight. A step that is a template over V, and chooses between values and not between ways
+// (?: and &, never if and &&), runs with V = double for one token and with V = Lanes<double> for eight side by side: SIMD on every
+// instruction set, whatever the compiler's vectoriser makes of the loop. `at` says where: an index, or a Run of lanes.
+
+HOST_DEVICE double load_at(const float* x, int64_t at) { return x[at]; }
+HOST_DEVICE double load_at(const double* x, int64_t at) { return x[at]; }
+template <class A>
+HOST_DEVICE void store_at(A* x, int64_t at, double value) { x[at] = static_cast<A>(value); }
+
+HOST_DEVICE double index_at(int64_t at) { return static_cast<double>(at); }
+
+#if !defined(RLHF_DEVICE_CODE)
+
+constexpr int kTokens = kLanes<double>;  // side by side
+template <class A> struct HalfLanes { using type = Lanes<double>; };
+template <> struct HalfLanes<float> { using type = float __attribute__((vector_size(32))); };
+
+struct Run {
+  int64_t first;
+  int count;  // of tokens; lanes beyond hold 0
+};
+
+template <class A>
+HOST_DEVICE Lanes<double> load_at(const A* x, Run at) {
+  typename HalfLanes<A>::type narrow{};
+  memcpy(&narrow, x + at.first, at.count == kTokens ? sizeof(narrow) : at.count * sizeof(A));
+  return __builtin_convertvector(narrow, Lanes<double>);
+}
+template <class A>
+HOST_DEVICE void store_at(A* x, Run at, Lanes<double> value) {
+  const auto narrow = __builtin_convertvector(value, typename HalfLanes<A>::type);
+  memcpy(x + at.first, &narrow, at.count == kTokens ? sizeof(narrow) : at.count * sizeof(A));
+}
+HOST_DEVICE Lanes<double> index_at(Run at) { return static_cast<double>(at.first) + Lanes<double>{0, 1, 2, 3, 4, 5, 6, 7}; }
+
+#endif
+
+template <class V>
+HOST_DEVICE V all(double x) {  // x in every lane
+  return x - V{};
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Logits of 16 bits, to float and back. On the CPU these are ours, without branches or calls, so that loops over them become SIMD.
 
-// F is a number or, on the CPU, Lanes of them; U its bits.
 template <class T, class F, class U>
 HOST_DEVICE F from_bits16(U bits) {  // exact
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -44,7 +101,7 @@ HOST_DEVICE F from_bits16(U bits) {  // exact
   }
 }
 
-template <class T, class U, class F>
+template <class T, class F, class U = typename BitsOf<F>::type>
 HOST_DEVICE U to_bits16(F value) {  // to nearest, ties to even
   const U bits = bit_cast<U>(value), magnitude = bits & 0x7fffffffu;
   const U zero{};
@@ -68,7 +125,7 @@ HOST_DEVICE T narrow(A value) {
 #if defined(__CUDA_ARCH__)
     return static_cast<T>(value);
 #else
-    return bit_cast<T>(static_cast<uint16_t>(to_bits16<T, uint32_t>(static_cast<float>(value))));
+    return bit_cast<T>(static_cast<uint16_t>(to_bits16<T>(static_cast<float>(value))));
 #endif
   } else {
     return static_cast<T>(value);
@@ -76,12 +133,6 @@ HOST_DEVICE T narrow(A value) {
 }
 
 #if !defined(RLHF_DEVICE_CODE)
-
-// 64 bytes of numbers: one register, or a few, of every instruction set. A loop over them adds in an order of its own
-// making, the same for all sets, where a SIMD reduction leaves order and the final sum to the compiler.
-template <class A> using Lanes __attribute__((vector_size(64))) = A;
-template <class A> using LaneIndex = Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
-template <class A> constexpr int kLanes = 64 / sizeof(A);
 
 // Logits as a loop takes them: one lane each, or two of 16 bits in one, so that all lanes are 32 bits wide.
 template <class T>
@@ -109,7 +160,7 @@ struct LogitLanes {
   }
   HOST_DEVICE void store(T* x) const {
     if constexpr (kPaired) {
-      const U words = to_bits16<T, U>(part[0]) | (to_bits16<T, U>(part[1]) << 16);
+      const U words = to_bits16<T>(part[0]) | (to_bits16<T>(part[1]) << 16);
       memcpy(x, &words, 64);
     } else {
       memcpy(x, &part[0], 64);
@@ -163,7 +214,7 @@ HOST_DEVICE float exp_nonpositive(float x) {
 
 // 2^y for y <= 0, to 1e-7 relative; anything at most 1e-37 below -126, NaN at NaN and at -inf: the caller selects. Adding
 // kShift leaves round(y) in the low mantissa bits; the polynomial is the minimax one of 2^f on [-1/2, 1/2].
-template <class F, class U>
+template <class F>
 HOST_DEVICE F exp2_polynomial(F y) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
   const F shifted = y + kShift;
@@ -175,20 +226,20 @@ HOST_DEVICE F exp2_polynomial(F y) {
   p = p * f + 6.931472029e-01f;
   p = p * f + 1.0f;
   // Unsigned: a NaN brings any bits here, and leaves through p.
-  return bit_cast<F>(bit_cast<U>(p) + (bit_cast<U>(shifted) << 23));
+  return bit_cast<F>(bit_cast<typename BitsOf<F>::type>(p) + (bit_cast<typename BitsOf<F>::type>(shifted) << 23));
 }
 
 HOST_DEVICE float exp2_bounded(float y) {
 #if defined(__CUDA_ARCH__)
   return exp2f(y);
 #else
-  return exp2_polynomial<float, uint32_t>(y);
+  return exp2_polynomial(y);
 #endif
 }
 HOST_DEVICE double exp2_bounded(double y) { return exp2(y); }
 
 #if !defined(RLHF_DEVICE_CODE)
-HOST_DEVICE Lanes<float> exp2_bounded(Lanes<float> y) { return exp2_polynomial<Lanes<float>, Lanes<uint32_t>>(y); }
+HOST_DEVICE Lanes<float> exp2_bounded(Lanes<float> y) { return exp2_polynomial(y); }
 HOST_DEVICE Lanes<double> exp2_bounded(Lanes<double> y) {
   for (int l = 0; l < kLanes<double>; ++l) y[l] = exp2(y[l]);
   return y;
@@ -199,16 +250,17 @@ HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
 
 // exp(x) in double for any x, within 1 ulp: Taylor to degree 13 on |r| <= ln2/2 (truncation 4e-18), scaled in two steps so
 // that results near both ends of the range stay right.
-HOST_DEVICE double exp_any(double x) {
+template <class V>
+HOST_DEVICE V exp_any(V x) {
   constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
-  double clamped = x < -746.0 ? -746.0 : x;
-  clamped = clamped > 710.0 ? 710.0 : clamped;
-  const double shifted = clamped * kLog2E + kShift;
-  const double n = shifted - kShift;
-  double r = clamped - n * 6.93147180369123816490e-01;
+  using Bits = typename BitsOf<V>::type;
+  V clamped = x < -746.0 ? all<V>(-746.0) : x;
+  clamped = clamped > 710.0 ? all<V>(710.0) : clamped;
+  const V shifted = clamped * kLog2E + kShift;
+  const V n = shifted - kShift;
+  V r = clamped - n * 6.93147180369123816490e-01;
   r = r - n * 1.90821492927058770002e-10;
-  double p = 1.6059043836821613e-10;
-  p = p * r + 2.0876756987868099e-09;
+  V p = 1.6059043836821613e-10 * r + 2.0876756987868099e-09;
   p = p * r + 2.5052108385441719e-08;
   p = p * r + 2.7557319223985891e-07;
   p = p * r + 2.7557319223985893e-06;
@@ -220,9 +272,33 @@ HOST_DEVICE double exp_any(double x) {
   p = p * r + 1.6666666666666667e-01;
   p = p * r + 5.0000000000000000e-01;
   p = p * r * r + r + 1.0;
-  const uint64_t exponent = bit_cast<uint64_t>(shifted) - bit_cast<uint64_t>(kShift);
-  const uint64_t half = static_cast<uint64_t>(static_cast<int64_t>(exponent) >> 1);
-  return p * bit_cast<double>((half + 1023u) << 52) * bit_cast<double>((exponent - half + 1023u) << 52);
+  const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<uint64_t>(kShift);
+  const Bits half = ((exponent + 2048u) >> 1) - 1024u;  // exponent / 2, rounded down, negative ones too
+  return p * bit_cast<V>((half + 1023u) << 52) * bit_cast<V>((exponent - half + 1023u) << 52);
+}
+
+// exp(x) in double to 6e-11 relative, half the work of exp_any: for what is rounded to float32 in the end. exp(0) is 1; what
+// float32 cannot hold stops at exp(-708) and exp(709). A minimax polynomial on |r| <= ln2/2, its first two terms exact.
+template <class V>
+HOST_DEVICE V exp_to_float(V x) {
+  constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
+  V clamped = x < -708.0 ? all<V>(-708.0) : x;
+  clamped = clamped > 709.0 ? all<V>(709.0) : clamped;
+  const V shifted = clamped * kLog2E + kShift;
+  const V r = clamped - (shifted - kShift) * 0.69314718055994530942;
+  V p = 1.9790341666749795e-04 * r + 1.3944659745998796e-03;
+  p = p * r + 8.3334970751827020e-03;
+  p = p * r + 4.1666294945667250e-02;
+  p = p * r + 1.6666665868931330e-01;
+  p = p * r + 5.0000000676825610e-01;
+  p = p * r * r + r + 1.0;
+  return p * bit_cast<V>((bit_cast<typename BitsOf<V>::type>(shifted) - bit_cast<uint64_t>(kShift) + 1023u) << 52);
+}
+
+template <class A, class V>
+HOST_DEVICE V exp_for(V x) {
+  if constexpr (std::is_same_v<A, double>) return exp_any(x);
+  else return exp_to_float(x);
 }
 
 // log(1 + exp(x)) without overflow, and its derivative, the logistic function, within 2.5 ulp; no branch and no call here either.
@@ -251,12 +327,18 @@ HOST_DEVICE double sigmoid(double x) {
   return (x > 0 ? 1.0 : e) / (1.0 + e);
 }
 
+template <class V, class B>
+HOST_DEVICE V clamp(V x, B low, B high) {
+  const V least = low - V{}, most = high - V{};
+  return x < least ? least : x > most ? most : x;
+}
 // The derivative of clamp(x, low, high) as torch defines it: 1 on the closed interval.
-HOST_DEVICE double clamp_slope(double x, double low, double high) { return (x >= low) & (x <= high) ? 1.0 : 0.0; }
-HOST_DEVICE double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+template <class V, class B>
+HOST_DEVICE V clamp_slope(V x, B low, B high) { return clamp(x, low, high) == x ? all<V>(1.0) : all<V>(0.0); }
 
 // The share of the gradient that max(a, b) sends to a. torch.max and torch.min split ties in halves.
-HOST_DEVICE double max_share(double a, double b) { return a > b ? 1.0 : a < b ? 0.0 : 0.5; }
+template <class V>
+HOST_DEVICE V max_share(V a, V b) { return a > b ? all<V>(1.0) : a < b ? all<V>(0.0) : all<V>(0.5); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory access of the kernels.

@@ -1,13 +1,20 @@
-// The clipped PPO losses (Schulman et al. 2017, arXiv 1707.06347, eq. 7) with their statistics.
+// The clipped PPO losses (Schulman et al. 2017, arXiv 1707.06347, eq. 7) with their statistics, and their near relatives.
 //
 // Policy, per token, with d = clamp(logprob - old_logprob, +-log_ratio_clip), r = exp(d), A the advantage:
-//   l = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high));   where A < 0, with a dual clip c (Ye et al. 2019): l = min(l, -A c)
+//   ppo     l = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high));   where A < 0, with a dual clip c (Ye et al. 2019): l = min(l, -A c)
+//   cispo   l = -A c logprob,  c = clamp(r, 1 - clip_low, 1 + clip_high) a constant (MiniMax-M1 2025, arXiv 2506.13585)
+// At sequence level (GSPO: Zheng et al. 2025, arXiv 2507.18071, in its token form, GSPO-token) d is clamped from the mean of
+// logprob - old_logprob over the row, by the mask's weights, and d r / d logprob = r at every token of it.
 // Value, per token, with v_c = clamp(v, v_old - clip, v_old + clip):
 //   l = max((v - R)^2, (v_c - R)^2) / 2
 // Loss = sum_b u_b sum_t w_bt l_bt, the weights u of the rows as `aggregate` says.
 //
-// Forward is two launches (tokens -> chunks of rows, chunks -> loss, statistics and u), backward one; nothing is read on the
-// host. Bytes a token in float32: forward 12 + mask read, nothing written; backward 12 + mask read, 4 written a gradient.
+// Forward is two launches (tokens -> chunks of rows, chunks -> loss, statistics and u), at sequence level three (the means of
+// the rows before that); backward is one. Nothing is read on the host. Forward leaves the slope w dl/dx of each token, x being
+// logprob or v, so that backward has one multiplication a token to do, without mask or exp. A slope of 0 passes nothing on,
+// whatever arrives. Slopes by the other arguments take a launch more in forward, where their gradient is asked for.
+// Bytes a token in float32: forward 12 + mask read, 4 written; backward 4 read, 4 written. That is 24 + mask in all, where a
+// backward pass that started over would make it 28 + 2 masks.
 #pragma once
 
 #include "loops.h"
@@ -52,44 +59,55 @@ constexpr int kWeight = 0, kLoss = 1;
 template <class R>
 struct LossTotals {
   Terms<R> terms;
-  double sequences, loss;
+  double sequences, loss, longest;
 };
 template <class R>
 HOST_DEVICE void merge(LossTotals<R>& into, const LossTotals<R>& other) {
   merge(into.terms, other.terms);
   into.sequences += other.sequences;
   into.loss += other.loss;
+  into.longest = fold_in(Fold::kMax, into.longest, other.longest);
 }
+
+// A sum over the rows of squares around a mean, which the totals give: R::spread(a row's terms, the totals).
+struct Spread {
+  double sum;
+};
+HOST_DEVICE void merge(Spread& into, const Spread& other) { into.sum += other.sum; }
 
 template <class R, class A>
 struct LossFinish {
-  const double* partial;  // [rows * chunks, K]
+  const double* partial;  // [pieces, K]
   A *loss, *stats;        // [], [R::kStats]
   double* row_weight;     // [rows]: d loss / d (sum_t w l) of the row
-  int64_t rows, length, chunks;
+  Rows rows;
   int aggregate;
   Normalizer normalizer;
 
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
-    LossTotals<R> mine{Terms<R>::start(), 0.0, 0.0};
-    for (int64_t row = team.rank; row < rows; row += team.size) {
-      const Terms<R> t = row_terms<R>(partial, row, chunks);
+    LossTotals<R> mine{Terms<R>::start(), 0.0, 0.0, 0.0};
+    for (int64_t row = team.rank; row < rows.rows; row += team.size) {
+      const Terms<R> t = row_terms<R>(partial, rows, row);
       const bool empty = t.at[kWeight] == 0;
       const double row_loss = aggregate == kSeqMeanTokenMean && !empty ? t.at[kLoss] / t.at[kWeight] : t.at[kLoss];
-      merge(mine, LossTotals<R>{t, empty ? 0.0 : 1.0, row_loss});
+      merge(mine, LossTotals<R>{t, empty ? 0.0 : 1.0, row_loss, static_cast<double>(rows.end(row) - rows.begin(row))});
     }
     const LossTotals<R> total = team.merge_all(mine);
     const double otherwise = aggregate == kTokenMean ? total.terms.at[kWeight] : aggregate == kTokenSum ? 1.0 : total.sequences;
-    const double divisor = normalizer.get(otherwise) * (aggregate == kSeqMeanTokenSumNorm ? static_cast<double>(length) : 1.0);
+    const double divisor = normalizer.get(otherwise) * (aggregate == kSeqMeanTokenSumNorm ? total.longest : 1.0);
     const double scale = divisor != 0 ? 1.0 / divisor : 0.0;  // no token, no loss
+    Spread spread{0.0};
+    for (int64_t row = team.rank; row < rows.rows; row += team.size) {
+      const Terms<R> t = row_terms<R>(partial, rows, row);
+      const double weight = t.at[kWeight];
+      row_weight[row] = weight == 0 ? 0.0 : aggregate == kSeqMeanTokenMean ? scale / weight : scale;
+      if (weight != 0) merge(spread, Spread{R::spread(t, total.terms)});
+    }
+    spread = team.merge_all(spread);
     if (team.rank == 0) {
       *loss = static_cast<A>(divisor != 0 ? total.loss / divisor : 0.0);
-      R::write_stats(total.terms, stats);
-    }
-    for (int64_t row = team.rank; row < rows; row += team.size) {
-      const double weight = row_terms<R>(partial, row, chunks).at[kWeight];
-      row_weight[row] = weight == 0 ? 0.0 : aggregate == kSeqMeanTokenMean ? scale / weight : scale;
+      R::write_stats(total.terms, spread.sum, stats);
     }
   }
 };
@@ -98,180 +116,318 @@ struct LossOutputs {
   Tensor loss, stats, row_weight;
 };
 
-// The forward pass of a loss: R's per-token terms over [B, T], aggregated.
+// The forward pass of a loss: R's per-token terms, aggregated.
 template <class R, class A>
-LossOutputs aggregate_loss(const char* op, const Tensor& like, const OptionalTensor& mask, const R& r, int64_t aggregate,
+LossOutputs aggregate_loss(const char* op, const Tensor& like, const Rows& rows, const Mask& mask, const R& r, int64_t aggregate,
                            const OptionalTensor& normalizer, double normalizer_value) {
   CHECK_VALUE(aggregate >= kTokenMean && aggregate <= kSeqMeanTokenSumNorm, op, ": unknown `aggregate` code ", aggregate);
-  const int64_t rows = like.size(0), length = like.size(1);
-  LossOutputs o{empty(like, {}), empty(like, {R::kStats}),
-                empty(like, {rows}, ScalarType::Double)};
-  const Tensor partial = partial_terms(like, rows, length, R::kTerms);
-  reduce_rows(like, rows, length, mask_view(op, mask), r, out<double>(partial));
-  run_team(like, LossFinish<R, A>{in<double>(partial), out<A>(o.loss), out<A>(o.stats), out<double>(o.row_weight), rows, length,
-                                  chunks_of(length), static_cast<int>(aggregate), normalizer_view(op, normalizer, normalizer_value, like)});
+  LossOutputs o{empty(like, {}), empty(like, {R::kStats}), empty(like, {rows.rows}, ScalarType::Double)};
+  const Tensor partial = partial_terms(like, rows, R::kTerms);
+  reduce_rows(like, rows, mask, r, out<double>(partial));
+  run_team(like, LossFinish<R, A>{in<double>(partial), out<A>(o.loss), out<A>(o.stats), out<double>(o.row_weight), rows,
+                                  static_cast<int>(aggregate), normalizer_view(op, normalizer, normalizer_value, like)});
   return o;
 }
 
-inline void check_tokens(const char* op, const char* name, const Tensor& t) {
-  CHECK_VALUE(t.dim() == 2, op, ": `", name, "` must be [B, T], got shape ", shape_of(t));
+// The slopes of an argument whose gradient may not be asked for: then empty.
+inline Tensor empty_slopes(const Tensor& like, const Rows& rows, bool needed) {
+  return needed ? empty_tokens(like, rows) : empty(like, {0});
+}
+
+template <class A>
+struct LossBackward {
+  const A* grad;             // []
+  const A* slope;            // a value a token
+  const double* row_weight;  // [rows]
+  A* grad_input;             // like slope
+  double share = 0;
+
+  HOST_DEVICE LossBackward of_row(int64_t row) const { return {grad, slope, row_weight, grad_input, *grad * row_weight[row]}; }
+  HOST_DEVICE void operator()(int64_t, int64_t i, double) const {
+    grad_input[i] = static_cast<A>(slope[i] != 0 ? share * slope[i] : 0.0);
+  }
+};
+
+// The backward pass of every loss here, for one of its arguments.
+inline Tensor ppo_loss_backward(Tensor grad, Tensor slope_, Tensor row_weight, OptionalTensor cu_seqlens) {
+  const char* op = "ppo_loss_backward";
+  const OptionalTensor offsets = contiguous_offsets(op, cu_seqlens, "slope", slope_);
+  const Tensor slope = dense(slope_);
+  const Rows rows = rows_view(op, slope, offsets);
+  CHECK_VALUE(grad.numel() == 1 && grad.scalar_type() == slope.scalar_type() && row_weight.numel() == rows.rows, op,
+              ": the tensors given to the backward pass do not belong together");
+  Tensor grad_input = empty_tokens(slope, rows);
+  for_real(slope.scalar_type(), op, "slope", [&](auto zero) {
+    using A = decltype(zero);
+    for_each(slope, rows, Mask{}, LossBackward<A>{in<A>(grad), in<A>(slope), in<double>(row_weight), out<A>(grad_input)});
+  });
+  return grad_input;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Policy
 
+enum PolicyForm : int { kPpo = 0, kCispo = 1 };
+
 struct PolicyOptions {
   double clip_low, clip_high, dual_clip, log_ratio_clip;  // infinity for no dual clip, no log-ratio clip
 };
 
-struct PolicyToken {
-  double loss, log_ratio, ratio;
-  double clipped, dual_clipped;             // 0 or 1
-  double loss_by_ratio, loss_by_advantage;  // partial derivatives
-  double ratio_by_logprob;
+template <class V>
+struct PolicyRatio {
+  V log, ratio, bounded;  // bounded: the clipped ratio
+  V by_logprob;           // d ratio / d logprob
 };
 
-HOST_DEVICE PolicyToken policy_step(double logprob, double old_logprob, double advantage, const PolicyOptions& o) {
-  PolicyToken t;
-  const double raw = logprob - old_logprob;
-  t.log_ratio = clamp(raw, -o.log_ratio_clip, o.log_ratio_clip);
-  t.ratio = exp_any(t.log_ratio);
-  t.ratio_by_logprob = t.ratio * clamp_slope(raw, -o.log_ratio_clip, o.log_ratio_clip);
-  const double low = 1.0 - o.clip_low, high = 1.0 + o.clip_high;
-  const double bounded = clamp(t.ratio, low, high);
-  const double free_loss = -advantage * t.ratio, clipped_loss = -advantage * bounded;
-  const double free_share = max_share(free_loss, clipped_loss);
-  const double clipped_share = 1.0 - free_share;
-  const double clipped_surrogate = free_loss > clipped_loss ? free_loss : clipped_loss;
-  t.clipped = clipped_loss > free_loss ? 1.0 : 0.0;
-  const double bound_loss = -advantage * o.dual_clip;  // infinite or NaN without a dual clip, and then not looked at
-  // & and not &&: a branch would keep the loop from becoming SIMD.
-  const bool dual = (advantage < 0) & (o.dual_clip < std::numeric_limits<double>::infinity());
-  const bool bound = dual & (clipped_surrogate > bound_loss);
-  const double kept_share = dual ? 1.0 - max_share(clipped_surrogate, bound_loss) : 1.0;
-  t.dual_clipped = bound ? 1.0 : 0.0;
-  t.loss = bound ? bound_loss : clipped_surrogate;
-  t.loss_by_ratio = kept_share * -advantage * (free_share + clipped_share * clamp_slope(t.ratio, low, high));
-  t.loss_by_advantage = -kept_share * (free_share * t.ratio + clipped_share * bounded) - (dual ? (1.0 - kept_share) * o.dual_clip : 0.0);
-  return t;
+// `raw` is the difference of log-probs of one token, or the mean of a sequence's.
+template <class A, class V>
+HOST_DEVICE PolicyRatio<V> policy_ratio(V raw, const PolicyOptions& o) {
+  const V log_ratio = clamp(raw, -o.log_ratio_clip, o.log_ratio_clip);
+  const V ratio = exp_for<A>(log_ratio);
+  return {log_ratio, ratio, clamp(ratio, 1.0 - o.clip_low, 1.0 + o.clip_high), ratio * clamp_slope(raw, -o.log_ratio_clip, o.log_ratio_clip)};
 }
 
+template <class V>
+struct PolicyToken {
+  V loss;
+  V clipped, dual_clipped;     // 0 or 1
+  V by_logprob, by_advantage;  // partial derivatives
+};
+
+// Where the clipped branch is not larger, it is equal to the other with an equal slope, or smaller: the slope is -A either way.
+template <class V>
+HOST_DEVICE PolicyToken<V> ppo_step(const PolicyRatio<V>& r, V advantage, const PolicyOptions& o) {
+  const V zero = all<V>(0.0), one = all<V>(1.0);
+  const V free_loss = -advantage * r.ratio, clipped_loss = -advantage * r.bounded;
+  const V surrogate = free_loss > clipped_loss ? free_loss : clipped_loss;
+  const V ceiling = advantage < 0 ? -advantage * o.dual_clip : all<V>(std::numeric_limits<double>::infinity());
+  const V kept_share = max_share(ceiling, surrogate), free_share = max_share(free_loss, clipped_loss);
+  const V by_ratio = clipped_loss > free_loss ? zero : -advantage;
+  const V by_ceiling = kept_share < 1 ? (1.0 - kept_share) * o.dual_clip : zero;
+  return {surrogate > ceiling ? ceiling : surrogate, clipped_loss > free_loss ? one : zero, surrogate > ceiling ? one : zero,
+          kept_share * by_ratio * r.by_logprob, -kept_share * (free_share * r.ratio + (1.0 - free_share) * r.bounded) - by_ceiling};
+}
+
+template <class V>
+HOST_DEVICE PolicyToken<V> cispo_step(const PolicyRatio<V>& r, V logprob, V advantage) {
+  const V zero = all<V>(0.0), one = all<V>(1.0);
+  return {-advantage * r.bounded * logprob, r.bounded != r.ratio ? one : zero, zero, -advantage * r.bounded, -r.bounded * logprob};
+}
+
+// The mean of logprob - old_logprob of a row, from the partial sums of the launch before.
 template <class A>
+struct LogRatioSum {  // -> sum w, sum w (logprob - old_logprob)
+  static constexpr int kTerms = 2;
+  HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
+  static constexpr bool kSimd = true;
+  const A *logprobs, *old_logprobs;
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    t[0] = weight;
+    t[1] = weight * (weight != 0 ? load_at(logprobs, i) - load_at(old_logprobs, i) : all<V>(0.0));
+  }
+};
+
+template <class A, int kForm, bool kSequence, bool kRowAdvantage>
+struct PolicyInputs {
+  const A *logprobs, *old_logprobs;  // a value a token
+  const A* advantages;               // a value a token, or a row
+  PolicyOptions options;
+  const double* partial;  // at sequence level: LogRatioSum's, by the pieces of `rows`
+  Rows rows;
+  PolicyRatio<double> row_ratio;
+  double row_advantage;
+
+  HOST_DEVICE PolicyInputs of_row(int64_t row) const {
+    PolicyInputs p = *this;
+    if constexpr (kSequence) {
+      const Terms<LogRatioSum<A>> sums = row_terms<LogRatioSum<A>>(partial, rows, row);
+      p.row_ratio = policy_ratio<A>(sums.at[0] != 0 ? sums.at[1] / sums.at[0] : 0.0, options);
+    }
+    if constexpr (kRowAdvantage) p.row_advantage = advantages[row];
+    return p;
+  }
+  // What stands off the mask counts as 0 throughout, so that its terms are 0 once weighted.
+  template <class V, class At>
+  HOST_DEVICE PolicyRatio<V> ratio(At i, V weight) const {
+    if constexpr (kSequence) return {all<V>(row_ratio.log), all<V>(row_ratio.ratio), all<V>(row_ratio.bounded), all<V>(row_ratio.by_logprob)};
+    else return policy_ratio<A>(weight != 0 ? load_at(logprobs, i) - load_at(old_logprobs, i) : all<V>(0.0), options);
+  }
+  template <class V, class At>
+  HOST_DEVICE PolicyToken<V> step(const PolicyRatio<V>& r, At i, V weight) const {
+    V advantage = all<V>(row_advantage);
+    if constexpr (!kRowAdvantage) advantage = load_at(advantages, i);
+    advantage = weight != 0 ? advantage : all<V>(0.0);
+    if constexpr (kForm == kCispo) return cispo_step(r, weight != 0 ? load_at(logprobs, i) : all<V>(0.0), advantage);
+    else return ppo_step(r, advantage, options);
+  }
+};
+
+template <class A, int kForm, bool kSequence, bool kRowAdvantage>
 struct PolicyTerms {
   enum { kClipped = 2, kDualClipped, kHalfSquare, kNegLogRatio, kRatio, kRatioSquare, kRatioMin, kRatioMax, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 9;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int k) { return k == kRatioMin ? Fold::kMin : k == kRatioMax ? Fold::kMax : Fold::kSum; }
 
-  const A *logprobs, *old_logprobs, *advantages;  // [B, T]
-  PolicyOptions options;
+  PolicyInputs<A, kForm, kSequence, kRowAdvantage> inputs;
+  A* slope;  // a value a token
 
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    const PolicyToken token = policy_step(logprobs[i], old_logprobs[i], advantages[i], options);
-    const bool on = weight != 0;
+  HOST_DEVICE PolicyTerms of_row(int64_t row) const { return {inputs.of_row(row), slope}; }
+
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    const PolicyRatio<V> r = inputs.ratio(i, weight);
+    const PolicyToken<V> token = inputs.step(r, i, weight);
+    const V infinity = all<V>(std::numeric_limits<double>::infinity());
     t[kWeight] = weight;
-    t[kLoss] = on ? weight * token.loss : 0.0;
-    t[kClipped] = on ? weight * token.clipped : 0.0;
-    t[kDualClipped] = on ? weight * token.dual_clipped : 0.0;
-    t[kHalfSquare] = on ? weight * 0.5 * token.log_ratio * token.log_ratio : 0.0;
-    t[kNegLogRatio] = on ? -weight * token.log_ratio : 0.0;
-    t[kRatio] = on ? weight * token.ratio : 0.0;
-    t[kRatioSquare] = on ? weight * (token.ratio - 1.0) * (token.ratio - 1.0) : 0.0;  // around 1, where ratios live
-    t[kRatioMin] = on ? token.ratio : std::numeric_limits<double>::infinity();
-    t[kRatioMax] = on ? token.ratio : -std::numeric_limits<double>::infinity();
+    t[kLoss] = weight * token.loss;
+    t[kClipped] = weight * token.clipped;
+    t[kDualClipped] = weight * token.dual_clipped;
+    t[kHalfSquare] = weight * 0.5 * r.log * r.log;
+    t[kNegLogRatio] = -weight * r.log;
+    t[kRatio] = weight * r.ratio;
+    t[kRatioSquare] = weight * (r.ratio - 1.0) * (r.ratio - 1.0);
+    t[kRatioMin] = weight != 0 ? r.ratio : infinity;
+    t[kRatioMax] = weight != 0 ? r.ratio : -infinity;
+    store_at(slope, i, weight != 0 ? weight * token.by_logprob : all<V>(0.0));
+  }
+
+  // sum_t w (r - mean)^2: from squares around 1, where the ratios of tokens live; a sequence has one ratio.
+  HOST_DEVICE static double spread(const Terms<PolicyTerms>& row, const Terms<PolicyTerms>& total) {
+    const double n = row.at[kWeight], mean = total.at[kRatio] / total.at[kWeight], off_one = mean - 1.0;
+    if constexpr (kSequence) return n * (row.at[kRatioMin] - mean) * (row.at[kRatioMin] - mean);
+    else return row.at[kRatioSquare] - 2.0 * off_one * (row.at[kRatio] - n) + n * off_one * off_one;
   }
 
   // The order is ops/ppo_loss.py's POLICY_STATS.
-  HOST_DEVICE static void write_stats(const Terms<PolicyTerms>& total, A* stats) {
+  HOST_DEVICE static void write_stats(const Terms<PolicyTerms>& total, double spread, A* stats) {
     const double n = total.at[kWeight];
     const bool any = n != 0;
-    const double mean = any ? total.at[kRatio] / n : 0.0, off_one = mean - 1.0;
     stats[0] = static_cast<A>(any ? total.at[kClipped] / n : 0.0);
     stats[1] = static_cast<A>(any ? total.at[kDualClipped] / n : 0.0);
     stats[2] = static_cast<A>(any ? total.at[kHalfSquare] / n : 0.0);
     stats[3] = static_cast<A>(any ? total.at[kNegLogRatio] / n : 0.0);
-    stats[4] = static_cast<A>(mean);
+    stats[4] = static_cast<A>(any ? total.at[kRatio] / n : 0.0);
     stats[5] = static_cast<A>(any ? total.at[kRatioMin] : 0.0);
     stats[6] = static_cast<A>(any ? total.at[kRatioMax] : 0.0);
-    const double variance = any ? total.at[kRatioSquare] / n - off_one * off_one : 0.0;
-    stats[7] = static_cast<A>(variance > 0 ? variance : 0.0);
+    stats[7] = static_cast<A>(spread > 0 ? spread / n : 0.0);
     stats[8] = static_cast<A>(n);
   }
 };
 
-template <class A>
-struct PolicyBackward {
-  const A* grad;  // []
-  const A *logprobs, *old_logprobs, *advantages;
-  const double* row_weight;  // [B]
-  A *grad_logprobs, *grad_advantages;  // [B, T] or null
-  PolicyOptions options;
-  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
-    const PolicyToken token = policy_step(logprobs[i], old_logprobs[i], advantages[i], options);
-    const double share = *grad * weight * row_weight[row];
-    const bool on = weight != 0;
-    if (grad_logprobs) grad_logprobs[i] = static_cast<A>(on ? share * token.loss_by_ratio * token.ratio_by_logprob : 0.0);
-    if (grad_advantages) grad_advantages[i] = static_cast<A>(on ? share * token.loss_by_advantage : 0.0);
+// The slopes by the advantages: of each token's own, or of one that the tokens of a row share.
+template <class A, int kForm, bool kSequence>
+struct AdvantageSlopes {
+  PolicyInputs<A, kForm, kSequence, false> inputs;
+  A* slope;
+  HOST_DEVICE AdvantageSlopes of_row(int64_t row) const { return {inputs.of_row(row), slope}; }
+  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
+    store_at(slope, i, weight * inputs.step(inputs.ratio(i, weight), i, weight).by_advantage);
   }
 };
 
-inline void check_policy(const char* op, const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages) {
-  check_tokens(op, "logprobs", logprobs);
-  check_twin(op, "old_logprobs", old_logprobs, "logprobs", logprobs);
-  check_twin(op, "advantages", advantages, "logprobs", logprobs);
-}
+template <class A, int kForm, bool kSequence>
+struct AdvantageSum {
+  static constexpr int kTerms = 1;
+  static constexpr bool kSimd = true;
+  HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
+  PolicyInputs<A, kForm, kSequence, true> inputs;
+  HOST_DEVICE AdvantageSum of_row(int64_t row) const { return {inputs.of_row(row)}; }
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    t[0] = weight * inputs.step(inputs.ratio(i, weight), i, weight).by_advantage;
+  }
+};
 
-inline std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs_, Tensor old_logprobs_, Tensor advantages_, OptionalTensor mask_,
-                                                          double clip_low, double clip_high, double dual_clip, double log_ratio_clip,
-                                                          int64_t aggregate, OptionalTensor normalizer, double normalizer_value) {
+template <class R, class A>
+struct AdvantageSumFinish {
+  const double* partial;
+  A* advantage_slope;  // [rows]
+  Rows rows;
+  template <class Team>
+  HOST_DEVICE void operator()(const Team& team) const {
+    for (int64_t row = team.rank; row < rows.rows; row += team.size)
+      advantage_slope[row] = static_cast<A>(row_terms<R>(partial, rows, row).at[0]);
+  }
+};
+
+// advantages: like logprobs, or [B, 1]. -> loss, stats, row_weight, and the slopes by logprobs and, where needed, by advantages.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_policy_loss(
+    Tensor logprobs_, Tensor old_logprobs_, Tensor advantages_, OptionalTensor mask_, OptionalTensor cu_seqlens, double clip_low,
+    double clip_high, double dual_clip, double log_ratio_clip, bool sequence_level, int64_t form, int64_t aggregate,
+    OptionalTensor normalizer, double normalizer_value, bool need_advantages) {
   const char* op = "ppo_policy_loss";
-  check_policy(op, logprobs_, old_logprobs_, advantages_);
+  CHECK_VALUE(form == kPpo || form == kCispo, op, ": unknown `loss_type` code ", form);
+  const OptionalTensor offsets = contiguous_offsets(op, cu_seqlens, "logprobs", logprobs_);
+  check_twin(op, "old_logprobs", old_logprobs_, "logprobs", logprobs_);
+  const Rows rows = rows_view(op, logprobs_, offsets);
+  const bool advantage_a_row = advantages_.dim() == 2 && advantages_.size(0) == rows.rows && advantages_.size(1) == 1;
+  if (!advantage_a_row) check_like(op, "advantages", advantages_, "logprobs", logprobs_);
+  check_same_device(op, "advantages", advantages_, "logprobs", logprobs_);
+  CHECK_TYPE(advantages_.scalar_type() == logprobs_.scalar_type(), op, ": `advantages` must have the dtype of `logprobs`");
   const Tensor logprobs = dense(logprobs_), old_logprobs = dense(old_logprobs_), advantages = dense(advantages_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
+  const Mask weights = mask_view(op, mask);
+  Tensor slope = empty_tokens(logprobs, rows);
+  Tensor advantage_slope = advantage_a_row && need_advantages ? empty(advantages, advantages.sizes()) : empty_slopes(logprobs, rows, need_advantages);
   LossOutputs o;
-  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
+  auto run = [&](auto zero, auto kind, auto sequence, auto row_advantage) {
     using A = decltype(zero);
-    const PolicyTerms<A> terms{in<A>(logprobs), in<A>(old_logprobs), in<A>(advantages), {clip_low, clip_high, dual_clip, log_ratio_clip}};
-    o = aggregate_loss<PolicyTerms<A>, A>(op, logprobs, mask, terms, aggregate, normalizer, normalizer_value);
-  });
-  return {o.loss, o.stats, o.row_weight};
-}
-
-inline std::tuple<Tensor, Tensor> ppo_policy_loss_backward(Tensor grad, Tensor logprobs_, Tensor old_logprobs_, Tensor advantages_,
-                                                           OptionalTensor mask_, Tensor row_weight, double clip_low, double clip_high,
-                                                           double dual_clip, double log_ratio_clip, bool need_logprobs, bool need_advantages) {
-  const char* op = "ppo_policy_loss";
-  check_policy(op, logprobs_, old_logprobs_, advantages_);
-  const Tensor logprobs = dense(logprobs_), old_logprobs = dense(old_logprobs_), advantages = dense(advantages_);
-  const OptionalTensor mask = contiguous_mask(op, mask_, "logprobs", logprobs_);
-  auto target = [&](bool needed) { return needed ? empty(logprobs, logprobs.sizes()) : empty(logprobs, {0}); };
-  Tensor grad_logprobs = target(need_logprobs), grad_advantages = target(need_advantages);
+    constexpr int kForm = decltype(kind)::value;
+    constexpr bool kSequence = decltype(sequence)::value, kRowAdvantage = decltype(row_advantage)::value;
+    PolicyInputs<A, kForm, kSequence, kRowAdvantage> inputs{in<A>(logprobs), in<A>(old_logprobs), in<A>(advantages),
+                                                     {clip_low, clip_high, dual_clip, log_ratio_clip}, nullptr, rows, {}, 0.0};
+    OptionalTensor sums;
+    if constexpr (kSequence) {
+      sums = partial_terms(logprobs, rows, LogRatioSum<A>::kTerms);
+      reduce_rows(logprobs, rows, weights, LogRatioSum<A>{inputs.logprobs, inputs.old_logprobs}, out<double>(*sums));
+      inputs.partial = in<double>(*sums);
+    }
+    using R = PolicyTerms<A, kForm, kSequence, kRowAdvantage>;
+    o = aggregate_loss<R, A>(op, logprobs, rows, weights, R{inputs, out<A>(slope)}, aggregate, normalizer, normalizer_value);
+    if (!need_advantages) return;
+    if constexpr (kRowAdvantage) {
+      using Sum = AdvantageSum<A, kForm, kSequence>;
+      const Tensor partial = partial_terms(logprobs, rows, Sum::kTerms);
+      reduce_rows(logprobs, rows, weights, Sum{inputs}, out<double>(partial));
+      run_team(logprobs, AdvantageSumFinish<Sum, A>{in<double>(partial), out<A>(advantage_slope), rows});
+    } else {
+      for_each(logprobs, rows, weights, AdvantageSlopes<A, kForm, kSequence>{inputs, out<A>(advantage_slope)});
+    }
+  };
   for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
-    using A = decltype(zero);
-    const PolicyBackward<A> f{in<A>(grad), in<A>(logprobs), in<A>(old_logprobs), in<A>(advantages), in<double>(row_weight),
-                              need_logprobs ? out<A>(grad_logprobs) : nullptr, need_advantages ? out<A>(grad_advantages) : nullptr,
-                              {clip_low, clip_high, dual_clip, log_ratio_clip}};
-    for_each(logprobs, logprobs.size(0), logprobs.size(1), mask_view(op, mask), f);
+    auto of_form = [&](auto kind) {
+      auto at_level = [&](auto sequence) {
+        advantage_a_row ? run(zero, kind, sequence, std::true_type{}) : run(zero, kind, sequence, std::false_type{});
+      };
+      sequence_level ? at_level(std::true_type{}) : at_level(std::false_type{});
+    };
+    form == kCispo ? of_form(std::integral_constant<int, kCispo>{}) : of_form(std::integral_constant<int, kPpo>{});
   });
-  return {grad_logprobs, grad_advantages};
+  return {o.loss, o.stats, o.row_weight, slope, advantage_slope};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Value
 
+template <class V>
 struct ValueToken {
-  double loss, clipped;
-  double by_value, by_old_value, by_return;
+  V loss, clipped;
+  V by_value, by_old_value, by_return;
 };
 
-HOST_DEVICE ValueToken value_step(double value, double old_value, double target, double clip) {  // clip: infinity for none
-  const double low = old_value - clip, high = old_value + clip;
-  const double bounded = clamp(value, low, high);
-  const double free_error = value - target, bounded_error = bounded - target;
-  const double free_square = free_error * free_error, bounded_square = bounded_error * bounded_error;
-  const double free_share = max_share(free_square, bounded_square);
-  const double through = (1.0 - free_share) * bounded_error, inside = clamp_slope(value, low, high);
-  return {0.5 * (free_square > bounded_square ? free_square : bounded_square), bounded_square > free_square ? 1.0 : 0.0,
+template <class V>
+HOST_DEVICE ValueToken<V> value_step(V value, V old_value, V target, double clip) {  // clip: infinity for none
+  const V zero = all<V>(0.0), one = all<V>(1.0);
+  const V low = old_value - clip, high = old_value + clip;
+  const V bounded = clamp(value, low, high);
+  const V free_error = value - target, bounded_error = bounded - target;
+  const V free_square = free_error * free_error, bounded_square = bounded_error * bounded_error;
+  const V free_share = max_share(free_square, bounded_square);
+  const V through = (1.0 - free_share) * bounded_error, inside = clamp_slope(value, low, high);
+  return {0.5 * (free_square > bounded_square ? free_square : bounded_square), bounded_square > free_square ? one : zero,
           free_share * free_error + through * inside, through * (1.0 - inside), -(free_share * free_error + through)};
 }
 
@@ -280,27 +436,35 @@ struct ValueTerms {
   enum { kClipped = 2, kError, kValue, kReturn, kReturnSquare, kResidual, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 6;
+  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
 
-  const A *values, *old_values, *returns;  // [B, T]
+  const A *values, *old_values, *returns;  // a value a token
   double clip;
+  A* slope;  // a value a token
 
-  HOST_DEVICE void terms(int64_t, int64_t i, double weight, double* t) const {
-    const ValueToken token = value_step(values[i], old_values[i], returns[i], clip);
-    const bool on = weight != 0;
-    const double residual = static_cast<double>(returns[i]) - values[i], target = returns[i];
+  template <class V, class At>
+  HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
+    const V zero = all<V>(0.0);
+    const V value = weight != 0 ? load_at(values, i) : zero, old_value = weight != 0 ? load_at(old_values, i) : zero,
+            target = weight != 0 ? load_at(returns, i) : zero;
+    const ValueToken<V> token = value_step(value, old_value, target, clip);
+    const V residual = target - value;
     t[kWeight] = weight;
-    t[kLoss] = on ? weight * token.loss : 0.0;
-    t[kClipped] = on ? weight * token.clipped : 0.0;
-    t[kError] = on ? weight * residual * residual : 0.0;
-    t[kValue] = on ? weight * values[i] : 0.0;
-    t[kReturn] = on ? weight * target : 0.0;
-    t[kReturnSquare] = on ? weight * target * target : 0.0;
-    t[kResidual] = on ? weight * residual : 0.0;
+    t[kLoss] = weight * token.loss;
+    t[kClipped] = weight * token.clipped;
+    t[kError] = weight * residual * residual;
+    t[kValue] = weight * value;
+    t[kReturn] = weight * target;
+    t[kReturnSquare] = weight * target * target;
+    t[kResidual] = weight * residual;
+    store_at(slope, i, weight * token.by_value);
   }
 
+  HOST_DEVICE static double spread(const Terms<ValueTerms>&, const Terms<ValueTerms>&) { return 0.0; }
+
   // The order is ops/ppo_loss.py's VALUE_STATS. Explained variance is 1 - Var(R - v) / Var(R), 0 where the returns do not vary.
-  HOST_DEVICE static void write_stats(const Terms<ValueTerms>& total, A* stats) {
+  HOST_DEVICE static void write_stats(const Terms<ValueTerms>& total, double, A* stats) {
     const double n = total.at[kWeight];
     const bool any = n != 0;
     const double scale = any ? 1.0 / n : 0.0;
@@ -311,66 +475,49 @@ struct ValueTerms {
     stats[1] = static_cast<A>(total.at[kError] * scale);
     stats[2] = static_cast<A>(total.at[kValue] * scale);
     stats[3] = static_cast<A>(mean_return);
-    stats[4] = static_cast<A>(return_variance > 0 ? 1.0 - residual_variance / return_variance : 0.0);
+    const bool varies = return_variance > 1e-12 * total.at[kReturnSquare] * scale;  // and not by rounding
+    stats[4] = static_cast<A>(varies ? 1.0 - residual_variance / return_variance : 0.0);
     stats[5] = static_cast<A>(n);
   }
 };
 
 template <class A>
-struct ValueBackward {
-  const A* grad;
+struct TargetSlopes {
   const A *values, *old_values, *returns;
-  const double* row_weight;
-  A *grad_values, *grad_old_values, *grad_returns;  // [B, T] or null
   double clip;
-  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
-    const ValueToken token = value_step(values[i], old_values[i], returns[i], clip);
-    const double share = *grad * weight * row_weight[row];
+  A *old_slope, *return_slope;  // a value a token, or null
+  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
+    const ValueToken<double> token = value_step<double>(values[i], old_values[i], returns[i], clip);
     const bool on = weight != 0;
-    if (grad_values) grad_values[i] = static_cast<A>(on ? share * token.by_value : 0.0);
-    if (grad_old_values) grad_old_values[i] = static_cast<A>(on ? share * token.by_old_value : 0.0);
-    if (grad_returns) grad_returns[i] = static_cast<A>(on ? share * token.by_return : 0.0);
+    if (old_slope) old_slope[i] = static_cast<A>(on ? weight * token.by_old_value : 0.0);
+    if (return_slope) return_slope[i] = static_cast<A>(on ? weight * token.by_return : 0.0);
   }
 };
 
-inline void check_value(const char* op, const Tensor& values, const Tensor& old_values, const Tensor& returns) {
-  check_tokens(op, "values", values);
-  check_twin(op, "old_values", old_values, "values", values);
-  check_twin(op, "returns", returns, "values", values);
-}
-
-inline std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values_, Tensor old_values_, Tensor returns_, OptionalTensor mask_, double clip,
-                                                         int64_t aggregate, OptionalTensor normalizer, double normalizer_value) {
+// -> loss, stats, row_weight, and the slopes by values and, where needed, by old_values and by returns.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_value_loss(
+    Tensor values_, Tensor old_values_, Tensor returns_, OptionalTensor mask_, OptionalTensor cu_seqlens, double clip, int64_t aggregate,
+    OptionalTensor normalizer, double normalizer_value, bool need_old_values, bool need_returns) {
   const char* op = "ppo_value_loss";
-  check_value(op, values_, old_values_, returns_);
+  const OptionalTensor offsets = contiguous_offsets(op, cu_seqlens, "values", values_);
+  check_twin(op, "old_values", old_values_, "values", values_);
+  check_twin(op, "returns", returns_, "values", values_);
+  const Rows rows = rows_view(op, values_, offsets);
   const Tensor values = dense(values_), old_values = dense(old_values_), returns = dense(returns_);
   const OptionalTensor mask = contiguous_mask(op, mask_, "values", values_);
+  const Mask weights = mask_view(op, mask);
+  Tensor slope = empty_tokens(values, rows), old_slope = empty_slopes(values, rows, need_old_values),
+         return_slope = empty_slopes(values, rows, need_returns);
   LossOutputs o;
   for_real(values.scalar_type(), op, "values", [&](auto zero) {
     using A = decltype(zero);
-    o = aggregate_loss<ValueTerms<A>, A>(op, values, mask, ValueTerms<A>{in<A>(values), in<A>(old_values), in<A>(returns), clip}, aggregate,
-                                         normalizer, normalizer_value);
+    const ValueTerms<A> terms{in<A>(values), in<A>(old_values), in<A>(returns), clip, out<A>(slope)};
+    o = aggregate_loss<ValueTerms<A>, A>(op, values, rows, weights, terms, aggregate, normalizer, normalizer_value);
+    if (need_old_values || need_returns)
+      for_each(values, rows, weights, TargetSlopes<A>{terms.values, terms.old_values, terms.returns, clip,
+                                                      need_old_values ? out<A>(old_slope) : nullptr, need_returns ? out<A>(return_slope) : nullptr});
   });
-  return {o.loss, o.stats, o.row_weight};
-}
-
-inline std::tuple<Tensor, Tensor, Tensor> ppo_value_loss_backward(Tensor grad, Tensor values_, Tensor old_values_, Tensor returns_,
-                                                                  OptionalTensor mask_, Tensor row_weight, double clip, bool need_values,
-                                                                  bool need_old_values, bool need_returns) {
-  const char* op = "ppo_value_loss";
-  check_value(op, values_, old_values_, returns_);
-  const Tensor values = dense(values_), old_values = dense(old_values_), returns = dense(returns_);
-  const OptionalTensor mask = contiguous_mask(op, mask_, "values", values_);
-  auto target = [&](bool needed) { return needed ? empty(values, values.sizes()) : empty(values, {0}); };
-  Tensor grad_values = target(need_values), grad_old_values = target(need_old_values), grad_returns = target(need_returns);
-  for_real(values.scalar_type(), op, "values", [&](auto zero) {
-    using A = decltype(zero);
-    const ValueBackward<A> f{in<A>(grad), in<A>(values), in<A>(old_values), in<A>(returns), in<double>(row_weight),
-                             need_values ? out<A>(grad_values) : nullptr, need_old_values ? out<A>(grad_old_values) : nullptr,
-                             need_returns ? out<A>(grad_returns) : nullptr, clip};
-    for_each(values, values.size(0), values.size(1), mask_view(op, mask), f);
-  });
-  return {grad_values, grad_old_values, grad_returns};
+  return {o.loss, o.stats, o.row_weight, slope, old_slope, return_slope};
 }
 
 }  // namespace rlhf_fast::RLHF_UNIT

@@ -36,12 +36,13 @@ template <class R, class A>
 struct PairFinish {
   const double* partial;
   A *loss, *stats;
-  int64_t pairs, chunks;
+  Rows rows;  // one: the pairs
   // The order is that of PAIR_STATS and DPO_STATS in ops/preference.py.
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
     if (team.rank != 0) return;
-    const Terms<R> total = row_terms<R>(partial, 0, chunks);
+    const Terms<R> total = row_terms<R>(partial, rows, 0);
+    const int64_t pairs = rows.tokens;
     const double scale = pairs > 0 ? 1.0 / static_cast<double>(pairs) : 0.0;
     *loss = static_cast<A>(total.at[R::kLoss] * scale);
     for (int k = R::kCorrect; k < R::kLowest; ++k) stats[k - 1] = static_cast<A>(total.at[k] * scale);
@@ -51,10 +52,10 @@ struct PairFinish {
 
 template <class A, class R>
 void reduce_pairs(const Tensor& like, const R& terms, const Tensor& loss, const Tensor& stats) {
-  const int64_t pairs = like.size(0);
-  const Tensor partial = partial_terms(like, 1, pairs, R::kTerms);
-  reduce_rows(like, 1, pairs, Mask{}, terms, out<double>(partial));
-  run_team(like, PairFinish<R, A>{in<double>(partial), out<A>(loss), out<A>(stats), pairs, chunks_of(pairs)});
+  const Rows rows = padded_rows(1, like.size(0));
+  const Tensor partial = partial_terms(like, rows, R::kTerms);
+  reduce_rows(like, rows, Mask{}, terms, out<double>(partial));
+  run_team(like, PairFinish<R, A>{in<double>(partial), out<A>(loss), out<A>(stats), rows});
 }
 
 template <class A>
@@ -144,7 +145,7 @@ inline std::tuple<Tensor, Tensor, Tensor> reward_pair_loss_backward(Tensor grad,
   Tensor grad_chosen = empty(chosen, {pairs}), grad_rejected = empty(chosen, {pairs}), grad_margin = empty_if(need_margin, chosen, pairs);
   for_real(chosen.scalar_type(), op, "chosen", [&](auto zero) {
     using A = decltype(zero);
-    for_each(chosen, 1, pairs, Mask{},
+    for_each(chosen, padded_rows(1, pairs), Mask{},
              RewardPairBackward<A>{in<A>(grad), in<A>(chosen), in<A>(rejected), in<double>(slopes), out<A>(grad_chosen),
                                    out<A>(grad_rejected), out_if<A>(need_margin, grad_margin), 1.0 / static_cast<double>(pairs), center_coef});
   });
@@ -247,7 +248,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> dpo_loss_backward(Tensor grad,
   Tensor grad_ref_chosen = empty_if(need_ref_chosen, grad, pairs), grad_ref_rejected = empty_if(need_ref_rejected, grad, pairs);
   for_real(grad.scalar_type(), op, "grad", [&](auto zero) {
     using A = decltype(zero);
-    for_each(slopes, 1, pairs, Mask{},
+    for_each(slopes, padded_rows(1, pairs), Mask{},
              DpoBackward<A>{in<A>(grad), in<double>(slopes), out_if<A>(need_chosen, grad_chosen), out_if<A>(need_rejected, grad_rejected),
                             out_if<A>(need_ref_chosen, grad_ref_chosen), out_if<A>(need_ref_rejected, grad_ref_rejected),
                             1.0 / static_cast<double>(pairs)});

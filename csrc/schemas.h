@@ -33,10 +33,10 @@
         "float log_ratio_clip, float output_clip) -> Tensor");                                                                      \
   m.def("kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, "                      \
         "bool straight_through, float log_ratio_clip, float output_clip) -> Tensor");                                               \
-  m.def("shape_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, float kl_coef, int estimator, "            \
-        "bool straight_through, float score_clip) -> Tensor");                                                                      \
-  m.def("shape_rewards_backward(Tensor grad, Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, float kl_coef, "     \
-        "int estimator, bool straight_through, float score_clip) -> (Tensor, Tensor)");                                             \
+  m.def("shape_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, Tensor? cu_seqlens, float kl_coef, "       \
+        "int estimator, bool straight_through, float score_clip) -> Tensor");                                                       \
+  m.def("shape_rewards_backward(Tensor grad, Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, "                    \
+        "Tensor? cu_seqlens, float kl_coef, int estimator, bool straight_through, float score_clip) -> (Tensor, Tensor)");          \
   m.def("gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? bootstrap, Tensor? lam_rows, Tensor? returns_lam_rows, "          \
         "Tensor? cu_seqlens, float gamma, float lam, float returns_lam, bool decay) -> (Tensor, Tensor)");                          \
   m.def("gae_backward(Tensor grad_advantages, Tensor grad_returns, Tensor rewards, Tensor values, Tensor? mask, "                   \
@@ -45,20 +45,18 @@
   m.def("group_advantages(Tensor rewards, int group_size, int scale, bool leave_one_out, float eps) -> (Tensor, Tensor)");          \
   m.def("group_advantages_backward(Tensor grad, Tensor rewards, Tensor moments, int group_size, int scale, bool leave_one_out, "    \
         "float eps) -> Tensor");                                                                                                    \
-  m.def("masked_mean(Tensor x, Tensor mask) -> (Tensor, Tensor)");                                                                  \
-  m.def("masked_mean_backward(Tensor grad, Tensor mask, Tensor weight_sum) -> Tensor");                                             \
+  m.def("masked_mean(Tensor x, Tensor mask, Tensor? cu_seqlens) -> (Tensor, Tensor)");                                              \
+  m.def("masked_mean_backward(Tensor grad, Tensor mask, Tensor weight_sum, Tensor? cu_seqlens) -> Tensor");                         \
   m.def("masked_whiten(Tensor x, Tensor mask, bool shift_mean, bool unbiased, float eps) -> (Tensor, Tensor)");                     \
   m.def("masked_whiten_backward(Tensor grad, Tensor x, Tensor mask, Tensor whitening, bool shift_mean) -> Tensor");                 \
-  m.def("ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, float clip_low, float clip_high, "  \
-        "float dual_clip, float log_ratio_clip, int aggregate, Tensor? normalizer, float normalizer_value) "                        \
-        "-> (Tensor, Tensor, Tensor)");                                                                                             \
-  m.def("ppo_policy_loss_backward(Tensor grad, Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, "             \
-        "Tensor row_weight, float clip_low, float clip_high, float dual_clip, float log_ratio_clip, bool need_logprobs, "           \
-        "bool need_advantages) -> (Tensor, Tensor)");                                                                               \
-  m.def("ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float clip, int aggregate, "                \
-        "Tensor? normalizer, float normalizer_value) -> (Tensor, Tensor, Tensor)");                                                 \
-  m.def("ppo_value_loss_backward(Tensor grad, Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor row_weight, "  \
-        "float clip, bool need_values, bool need_old_values, bool need_returns) -> (Tensor, Tensor, Tensor)");                      \
+  m.def("ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, "               \
+        "float clip_low, float clip_high, float dual_clip, float log_ratio_clip, bool sequence_level, int form, int aggregate, "    \
+        "Tensor? normalizer, float normalizer_value, bool need_advantages) "                                                         \
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");                                                                             \
+  m.def("ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens, float clip, "           \
+        "int aggregate, Tensor? normalizer, float normalizer_value, bool need_old_values, bool need_returns) "                      \
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");                                                                     \
+  m.def("ppo_loss_backward(Tensor grad, Tensor slope, Tensor row_weight, Tensor? cu_seqlens) -> Tensor");                           \
   m.def("reward_pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef) -> (Tensor, Tensor, Tensor)");         \
   m.def("reward_pair_loss_backward(Tensor grad, Tensor chosen, Tensor rejected, Tensor slopes, float center_coef, "                 \
         "bool need_margin) -> (Tensor, Tensor, Tensor)");                                                                           \
@@ -87,9 +85,8 @@
   m.impl("masked_whiten", TORCH_BOX(&rlhf_fast::unit::masked_whiten));                                        \
   m.impl("masked_whiten_backward", TORCH_BOX(&rlhf_fast::unit::masked_whiten_backward));                      \
   m.impl("ppo_policy_loss", TORCH_BOX(&rlhf_fast::unit::ppo_policy_loss));                                    \
-  m.impl("ppo_policy_loss_backward", TORCH_BOX(&rlhf_fast::unit::ppo_policy_loss_backward));                  \
   m.impl("ppo_value_loss", TORCH_BOX(&rlhf_fast::unit::ppo_value_loss));                                      \
-  m.impl("ppo_value_loss_backward", TORCH_BOX(&rlhf_fast::unit::ppo_value_loss_backward));                    \
+  m.impl("ppo_loss_backward", TORCH_BOX(&rlhf_fast::unit::ppo_loss_backward));                                \
   m.impl("reward_pair_loss", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss));                                  \
   m.impl("reward_pair_loss_backward", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss_backward));                \
   m.impl("dpo_loss", TORCH_BOX(&rlhf_fast::unit::dpo_loss));                                                  \

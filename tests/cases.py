@@ -86,6 +86,17 @@ def draw_shape(rng: random.Random) -> tuple[int, int]:
     return rng.choice([0, 1, 2, 3, 5]), rng.choice([0, 1, 2, 7, 8, 33, 64, 257, 1025, 2049])
 
 
+def draw_rows(rng: random.Random) -> tuple[tuple[int, ...], int, dict]:
+    """(shape of a value a token, number of rows, keyword arguments): padded, or packed with `cu_seqlens`, empty rows included."""
+    if rng.random() < 0.6:
+        shape = draw_shape(rng)
+        return shape, shape[0], {}
+    lengths = [rng.choice([0, 1, 7, 8, 40, 300, 2049]) for _ in range(rng.choice([1, 1, 2, 3, 5]))]
+    offsets = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)])
+    offsets = offsets.to(rng.choice([torch.int32, torch.int64]))
+    return (sum(lengths),), len(lengths), {"cu_seqlens": restride(rng, offsets)}
+
+
 def real_dtype(rng):
     return rng.choice([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16])
 
@@ -163,9 +174,9 @@ def draw_kl_penalty(rng: random.Random) -> Call:
 
 
 def draw_shape_rewards(rng: random.Random) -> Call:
-    shape = draw_shape(rng)
-    scores = randn(rng, shape[0], scale=rng.choice([1.0, 20.0]), dtype=real_dtype(rng))
-    kwargs = {"kl_coef": rng.choice([0.0, 0.05, 1.0]), "estimator": rng.choice(list(ESTIMATORS))}
+    shape, rows, kwargs = draw_rows(rng)
+    scores = randn(rng, rows, scale=rng.choice([1.0, 20.0]), dtype=real_dtype(rng))
+    kwargs |= {"kl_coef": rng.choice([0.0, 0.05, 1.0]), "estimator": rng.choice(list(ESTIMATORS))}
     if rng.random() < 0.4:
         kwargs["score_clip"] = rng.choice([0.5, 10.0])
     return Call((scores, *draw_pair_of_logprobs(rng, shape, real_dtype(rng)), draw_mask(rng, shape)), kwargs)
@@ -204,8 +215,12 @@ def draw_gae(rng: random.Random) -> Call:
 
 def draw_masked_mean(rng: random.Random) -> Call:
     shape = rng.choice([(rng.choice([0, 1, 5, 4099]),), draw_shape(rng), (2, 3, 5)])
+    kwargs = {"dim": rng.choice([None, 0, -1, len(shape) - 1])}
+    packed_shape, _, packed = draw_rows(rng)
+    if packed:
+        shape, kwargs = packed_shape, packed
     x = randn(rng, *shape, scale=rng.choice([1.0, 1e4]), dtype=real_dtype(rng))
-    return Call((restride(rng, x), draw_mask(rng, shape)), {"dim": rng.choice([None, 0, -1, len(shape) - 1])})
+    return Call((restride(rng, x), draw_mask(rng, shape)), kwargs)
 
 
 def draw_masked_whiten(rng: random.Random) -> Call:
@@ -226,12 +241,15 @@ def draw_aggregate(rng: random.Random) -> dict:
 
 
 def draw_ppo_policy_loss(rng: random.Random) -> Call:
-    shape = draw_shape(rng)
-    advantages = randn(rng, *rng.choice([shape, shape, (shape[0],), (shape[0], 1)]), dtype=real_dtype(rng))
+    shape, rows, kwargs = draw_rows(rng)
+    one_a_row = [(rows, 1), *([(rows,)] if shape != (rows,) else [])]
+    advantages = randn(rng, *rng.choice([shape, shape, *one_a_row]), dtype=real_dtype(rng))
     if rng.random() < 0.2:
         advantages = advantages.round()
-    kwargs = {"clip_low": rng.choice([0.2, 0.0, 1.0]), "clip_high": rng.choice([0.2, 0.28]), **draw_aggregate(rng)}
-    kwargs["dual_clip"] = rng.choice([None, None, 3.0, 1.5])
+    kwargs |= {"clip_low": rng.choice([0.2, 0.0, 1.0]), "clip_high": rng.choice([0.2, 0.28]), **draw_aggregate(rng)}
+    kwargs["loss_type"] = rng.choice(["ppo", "ppo", "cispo"])
+    kwargs["importance_sampling_level"] = rng.choice(["token", "token", "sequence"])
+    kwargs["dual_clip"] = rng.choice([None, None, 3.0, 1.5]) if kwargs["loss_type"] == "ppo" else None
     kwargs["log_ratio_clip"] = rng.choice([20.0, 0.5, None])
     if rng.random() < 0.8:
         kwargs["mask"] = draw_mask(rng, shape)
@@ -239,11 +257,11 @@ def draw_ppo_policy_loss(rng: random.Random) -> Call:
 
 
 def draw_ppo_value_loss(rng: random.Random) -> Call:
-    shape = draw_shape(rng)
+    shape, _, kwargs = draw_rows(rng)
     tensors = [randn(rng, *shape, dtype=real_dtype(rng)) for _ in range(3)]
     if rng.random() < 0.3:  # ties
         tensors = [(t * 2).round() / 2 for t in tensors]
-    kwargs = {"clip": rng.choice([0.2, 0.5, 0.0, None]), **draw_aggregate(rng)}
+    kwargs |= {"clip": rng.choice([0.2, 0.5, 0.0, None]), **draw_aggregate(rng)}
     if rng.random() < 0.8:
         kwargs["mask"] = draw_mask(rng, shape)
     return Call(tuple(restride(rng, t) for t in tensors), kwargs)

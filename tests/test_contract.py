@@ -14,6 +14,10 @@ from tests.cases import OPS, Call
 
 B, T, V = 3, 5, 11
 
+# Ops whose packed form has shapes and gradients of its own to check.
+PACKED = ["shape_rewards", "gae", "masked_mean", "ppo_policy_loss", "ppo_value_loss"]
+EXAMPLES = [*OPS, *(f"{name} packed" for name in PACKED)]
+
 
 def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
     generator = torch.Generator().manual_seed(0)
@@ -23,7 +27,20 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
 
     mask = torch.rand(B, T, generator=generator) < 0.7
     labels = torch.randint(0, V, (B, T), generator=generator)
+    n = B * T
+    packed = {"cu_seqlens": torch.tensor([0, 4, 4, n], dtype=torch.int32)}
     return {
+        "shape_rewards packed": lambda: Call(
+            (real(B), real(n), real(n), mask.flatten()), {"kl_coef": 0.1, "estimator": "k3", **packed}
+        ),
+        "gae packed": lambda: Call((real(n), real(n), mask.flatten()), {"bootstrap": real(B), **packed}),
+        "masked_mean packed": lambda: Call((real(n), mask.flatten()), packed),
+        "ppo_policy_loss packed": lambda: Call(
+            (real(n), real(n), real(B), mask.flatten()), {"aggregate": "seq-mean-token-mean", **packed}
+        ),
+        "ppo_value_loss packed": lambda: Call(
+            (real(n), real(n), real(n), mask.flatten()), {"aggregate": "seq-mean-token-sum-norm", **packed}
+        ),
         "gather_logprobs": lambda: Call((real(B, T, V), labels), {"with_entropy": True, "mask": mask, "softcap": 3.0}),
         "kept_logprobs": lambda: Call(
             (real(B, T, V), labels),
@@ -53,9 +70,10 @@ def tensors_of(result):
     )
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_registrations_hold_under_opcheck(name, monkeypatch):
+@pytest.mark.parametrize("example_name", EXAMPLES)
+def test_registrations_hold_under_opcheck(example_name, monkeypatch):
     """opcheck on the operator itself, with the arguments that the public function gives it."""
+    name = example_name.split()[0]
     module = inspect.getmodule(OPS[name].function)
     kernel = next(k for k in vars(module).values() if getattr(k, "name", None) == name)
     seen = []
@@ -63,16 +81,16 @@ def test_registrations_hold_under_opcheck(name, monkeypatch):
     monkeypatch.setattr(
         type(kernel), "__call__", lambda self, *args: (seen.append((self.name, args)), original(self, *args))[1]
     )
-    call = example(name)
+    call = example(example_name)
     OPS[name].function(*call.args, **call.kwargs)
     monkeypatch.undo()
     args = next(args for called, args in seen if called == name)
     torch.library.opcheck(kernel.overload(), args)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_gradients_in_double_precision(name):
-    call = example(name, torch.float64)
+    call, op = example(name, torch.float64), OPS[name.split()[0]]
     places = [i for i, a in enumerate(call.args) if a.requires_grad]
     keys = [k for k, v in call.kwargs.items() if isinstance(v, torch.Tensor) and v.requires_grad]
 
@@ -81,14 +99,14 @@ def test_gradients_in_double_precision(name):
         for i, value in zip(places, inputs, strict=False):
             args[i] = value
         kwargs.update(zip(keys, inputs[len(places) :], strict=True))
-        return tuple(t for t in tensors_of(OPS[name].function(*args, **kwargs)) if t.requires_grad)
+        return tuple(t for t in tensors_of(op.function(*args, **kwargs)) if t.requires_grad)
 
     assert torch.autograd.gradcheck(function, (*(call.args[i] for i in places), *(call.kwargs[k] for k in keys)))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_compiles_without_a_graph_break(name):
-    call = example(name)
+    call, op = example(name), OPS[name.split()[0]]
     leaves = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
 
     def run(function):
@@ -96,8 +114,8 @@ def test_compiles_without_a_graph_break(name):
         return outputs, torch.autograd.grad([t.sum() for t in outputs], leaves)
 
     torch._dynamo.reset()
-    compiled = torch.compile(OPS[name].function, fullgraph=True, backend="aot_eager")
-    for got, want in zip(run(compiled), run(OPS[name].function), strict=True):
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled), run(op.function), strict=True):
         torch.testing.assert_close(list(got), list(want))
 
 
@@ -128,6 +146,7 @@ def t(*shape, dtype=torch.float32):
 
 
 ints = t(2, 3, dtype=torch.int64)
+offsets = torch.tensor([0, 2, 5])
 BAD = [
     ("gather_logprobs", (None, ints), {}, TypeError, "`logits` must be a tensor, got NoneType"),
     ("gather_logprobs", (t(2, 3, 5), None), {}, TypeError, "`labels` must be a tensor, got NoneType"),
@@ -388,6 +407,80 @@ BAD = [
         ValueError,
         r"`normalizer` must hold one number, got shape \[2\]",
     ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"loss_type": "gspo"},
+        ValueError,
+        "`loss_type` must be one of 'ppo', 'cispo', got 'gspo'",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"importance_sampling_level": None},
+        ValueError,
+        "`importance_sampling_level` must be one of 'token', 'sequence', got None",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"loss_type": "cispo", "dual_clip": 3.0},
+        ValueError,
+        "`dual_clip` must be None with loss_type='cispo', which bounds every ratio, got 3.0",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(5), t(5), t(3)),
+        {"cu_seqlens": offsets},
+        ValueError,
+        r"`advantages` has shape \[3\] but must have the shape of `logprobs`, \[5\]",
+    ),
+    (
+        "ppo_policy_loss",
+        (t(2, 4), t(2, 4), t(2, 4)),
+        {"cu_seqlens": offsets},
+        ValueError,
+        r"`logprobs` must be \[N\] beside `cu_seqlens`, got shape \[2, 4\]",
+    ),
+    ("ppo_policy_loss", (t(4), t(4), t(4)), {"cu_seqlens": offsets}, ValueError, "must end at N = 4, got 5"),
+    (
+        "ppo_policy_loss",
+        (t(5), t(5), t(5)),
+        {"cu_seqlens": [0, 5]},
+        TypeError,
+        "`cu_seqlens` must be a tensor, got list",
+    ),
+    (
+        "ppo_value_loss",
+        (t(5), t(5), t(5)),
+        {"cu_seqlens": t(2)},
+        TypeError,
+        "`cu_seqlens` must be int32 or int64, got Float",
+    ),
+    ("ppo_value_loss", (t(5), t(5), t(5)), {"cu_seqlens": offsets + 1}, ValueError, "must start at 0, got 1"),
+    ("ppo_value_loss", (t(5), t(5), t(5)), {"cu_seqlens": offsets.flip(0)}, ValueError, "must start at 0, got 5"),
+    (
+        "masked_mean",
+        (t(5), t(5)),
+        {"cu_seqlens": offsets, "dim": 0},
+        ValueError,
+        "`dim` must be None beside `cu_seqlens`",
+    ),
+    ("masked_mean", (t(5), t(5)), {"cu_seqlens": ints}, ValueError, r"`cu_seqlens` must be \[sequences \+ 1\]"),
+    (
+        "shape_rewards",
+        (t(3), t(5), t(5), t(5)),
+        {"kl_coef": 0.1, "cu_seqlens": offsets},
+        ValueError,
+        r"`scores` must be \[B\] = \[2\], got shape \[3\]",
+    ),
+    (
+        "shape_rewards",
+        (t(2), t(5), t(5), t(5)),
+        {"kl_coef": 0.1, "cu_seqlens": torch.tensor([0, 6, 5])},
+        ValueError,
+        "`cu_seqlens` must not decrease, got 6 then 5 at position 2",
+    ),
     ("ppo_value_loss", (t(2, 4), t(2, 4), t(2, 3)), {}, ValueError, r"`returns` has shape \[2, 3\]"),
     ("ppo_value_loss", (t(2, 4), t(2, 4), t(2, 4)), {"clip": -1}, ValueError, "`clip` must be finite and at least 0"),
     (
@@ -468,7 +561,7 @@ def test_a_device_without_a_kernel_is_named():
     kernel = rlhf_fast.ops._common.Kernel("masked_mean")
     sparse = torch.zeros(1, 1).to_sparse()
     with pytest.raises(ValueError, match="masked_mean: this build of rlhf_fast has no kernel for tensors on cpu"):
-        kernel(sparse, sparse)
+        kernel(sparse, sparse, None)
 
 
 @pytest.mark.parametrize("name", OPS)

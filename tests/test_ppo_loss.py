@@ -112,6 +112,65 @@ def test_one_advantage_a_sequence(device):
     assert torch.equal(ppo_policy_loss(new, old, advantages[:, :1])[0], want)
 
 
+def test_gspo(device):
+    """The sequence ratio with one advantage a sequence: the paper's loss and its gradient."""
+    new, old, _ = draw(4, 7, device=device)
+    new = (old + (new - old) * 0.1).requires_grad_()
+    advantages = torch.tensor([1.0, -2.0, 0.5, -0.1], device=device)
+    mask = torch.arange(7, device=device) < torch.tensor([[7], [3], [1], [5]], device=device)
+    options = {"importance_sampling_level": "sequence", "aggregate": "seq-mean-token-mean"}
+    loss, stats = ppo_policy_loss(new, old, advantages, mask, clip_low=0.02, clip_high=0.02, **options)
+    got = torch.autograd.grad(loss, new)[0]
+    ratio = (((new - old) * mask).sum(1) / mask.sum(1)).exp()
+    want = -torch.min(ratio * advantages, ratio.clamp(0.98, 1.02) * advantages).mean()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(got, torch.autograd.grad(want, new)[0])
+    assert (got == 0).any(1).any() and (got != 0).any()
+    torch.testing.assert_close(stats["ratio_mean"], ((ratio.unsqueeze(1) * mask).sum() / mask.sum()).detach())
+
+
+def test_cispo(device):
+    old = torch.zeros(1, 3, device=device)
+    new = torch.tensor([[0.5, -0.5, 0.1]], device=device).requires_grad_()
+    advantages = torch.tensor([[1.0, 1.0, -2.0]], device=device)
+    loss, stats = ppo_policy_loss(new, old, advantages, loss_type="cispo", clip_low=1.0, aggregate="token-sum")
+    weight = new.detach().exp().clamp(max=1.2)  # clip_low = 1: no lower bound
+    torch.testing.assert_close(loss, -(weight * advantages * new).sum())
+    loss.backward()
+    torch.testing.assert_close(new.grad, -weight * advantages)  # a clipped token keeps its gradient
+    torch.testing.assert_close(stats["clip_fraction"], torch.tensor(1 / 3, device=device))
+
+
+def test_what_is_detached_gives_the_old_policy_no_gradient(device):
+    new, old, advantages = draw(2, 5, device=device)
+    for options in ({"importance_sampling_level": "sequence"}, {"loss_type": "cispo"}):
+        old.requires_grad_()
+        loss, _ = ppo_policy_loss(new, old, advantages, **options)
+        assert loss.requires_grad
+        assert torch.equal(torch.autograd.grad(loss, old)[0], torch.zeros_like(old))
+
+
+def test_a_nan_off_the_mask_or_in_another_sequence_stays_there(device):
+    new, old, _ = draw(3, 5, device=device)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], device=device)
+    dirty = [torch.where(mask != 0, t, math.nan).requires_grad_() for t in (new, old)]
+    one_a_row = torch.tensor([1.0, math.nan, -1.0], device=device)  # of a sequence without a token
+    for level in ("token", "sequence"):
+        for loss_type in ("ppo", "cispo"):
+            options = {"importance_sampling_level": level, "loss_type": loss_type}
+            loss, stats = ppo_policy_loss(*dirty, one_a_row, mask, **options)
+            assert torch.isfinite(loss) and all(torch.isfinite(v) for v in stats.values())
+            gradients = torch.autograd.grad(loss, dirty)
+            assert all(torch.isfinite(g).all() and torch.all(g[mask == 0] == 0) for g in gradients)
+
+
+def test_backward_twice_repeats(device):
+    new, old, advantages = draw(2, 5, device=device)
+    loss, _ = ppo_policy_loss(new.requires_grad_(), old, advantages)
+    first = torch.autograd.grad(loss, new, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, new, torch.tensor(2.0, device=device))[0] / 2)
+
+
 def test_value_loss(device):
     values, old, returns = draw(2, 7, device=device)
     clipped = old + (values - old).clamp(-0.2, 0.2)

@@ -200,6 +200,15 @@ def optional_mask(op: str, value: Any) -> Tensor | None:
     return None if value is None else need_mask(op, value)
 
 
+def optional_offsets(op: str, value: Any) -> Tensor | None:
+    return None if value is None else need_tensor(op, "cu_seqlens", value)
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether a backward pass may ask for its gradient, which the forward pass then prepares."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
 def number(
     op: str,
     name: str,
@@ -296,3 +305,19 @@ def weights_reference(mask: Tensor | None, like: Tensor) -> Tensor:
     if mask.is_floating_point():
         return mask.to(like.dtype)
     return (mask != 0).to(like.dtype)
+
+
+def padded_reference(cu_seqlens: Tensor, mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Packed tensors [N], and the mask before them, in the padded form [B, T] that the longest sequence asks for.
+
+    What is one a row ([B, 1]) stays. Padding carries no weight.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    weight = torch.ones_like(tensors[0]) if mask is None else weights_reference(mask, tensors[0])
+
+    def padded(t):
+        if t.dim() == 2 or not lengths:
+            return t.reshape(len(lengths), -1)
+        return torch.nn.utils.rnn.pad_sequence(list(t.split(lengths)), batch_first=True)
+
+    return tuple(padded(t) for t in (weight, *tensors))

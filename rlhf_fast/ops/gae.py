@@ -11,6 +11,7 @@ from rlhf_fast.ops._common import (
     need_tensor,
     number,
     optional_mask,
+    optional_offsets,
     optional_tensor,
     register,
     weights_reference,
@@ -62,7 +63,7 @@ def gae(
     op = "gae"
     mask = optional_mask(op, mask)
     bootstrap = optional_tensor(op, "bootstrap", bootstrap)
-    cu_seqlens = optional_tensor(op, "cu_seqlens", cu_seqlens)
+    cu_seqlens = optional_offsets(op, cu_seqlens)
     flag(op, "whiten", whiten)
     decay = choice(op, "gaps", gaps, GAPS)
     gamma = number(op, "gamma", gamma, low=0.0, high=1.0)

@@ -12,6 +12,8 @@ from rlhf_fast.ops._common import (
     need_mask,
     number,
     optional_mask,
+    optional_offsets,
+    padded_reference,
     register,
     weights_reference,
 )
@@ -100,6 +102,7 @@ def shape_rewards(
     kl_coef: float,
     estimator: str = "k1",
     score_clip: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Per-token rewards of RLHF: the KL penalty everywhere, the sequence's score on its last token.
 
@@ -108,14 +111,15 @@ def shape_rewards(
 
     Args:
         scores: [B].
-        logprobs, ref_logprobs: [B, T].
-        mask: [B, T], bool, integer or floating point (a weight on the KL); nonzero marks a token.
+        logprobs, ref_logprobs: [B, T], or packed [N] with `cu_seqlens`.
+        mask: like logprobs; bool, integer or floating point (a weight on the KL); nonzero marks a token.
         kl_coef: the weight of the penalty, at least 0.
         estimator: as in `kl_penalty`.
         score_clip: above 0 (10 in OpenRLHF, 5 in DeepSpeed-Chat), or None.
+        cu_seqlens: [B + 1], int32 or int64, rising from 0 to N: where each packed sequence starts.
 
     Returns:
-        rewards [B, T], 0 off the mask; float32, or float64 where an argument is float64.
+        rewards like logprobs, 0 off the mask; float32, or float64 where an argument is float64.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
@@ -123,10 +127,10 @@ def shape_rewards(
     op = "shape_rewards"
     code, straight_through = choice(op, "estimator", estimator, ESTIMATORS)
     scores, logprobs, ref_logprobs = as_reals(op, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    mask = need_mask(op, mask)
+    mask, cu_seqlens = need_mask(op, mask), optional_offsets(op, cu_seqlens)
     coef = number(op, "kl_coef", kl_coef, low=0.0)
     clip = number(op, "score_clip", score_clip, above=0.0, none=math.inf)
-    return _shape(scores, logprobs, ref_logprobs, mask, coef, code, straight_through, clip)
+    return _shape(scores, logprobs, ref_logprobs, mask, cu_seqlens, coef, code, straight_through, clip)
 
 
 def shape_rewards_reference(
@@ -138,8 +142,15 @@ def shape_rewards_reference(
     kl_coef: float,
     estimator: str = "k1",
     score_clip: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`shape_rewards` in plain torch."""
+    if cu_seqlens is not None:
+        mask, logprobs, ref_logprobs = padded_reference(cu_seqlens, mask, logprobs, ref_logprobs)
+        rewards = shape_rewards_reference(
+            scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, estimator=estimator, score_clip=score_clip
+        )
+        return torch.cat([row[:n] for row, n in zip(rewards, cu_seqlens.diff().tolist(), strict=True)])
     if mask.shape[1] == 0:
         return logprobs * 0
     rewards = -kl_coef * kl_penalty_reference(logprobs, ref_logprobs, estimator=estimator, mask=mask)
@@ -162,14 +173,14 @@ def _penalty_formula(ctx, grad):
 
 
 def _shape_context(ctx, inputs, output):
-    scores, logprobs, ref_logprobs, mask, *ctx.options = inputs
-    ctx.save_for_backward(scores, logprobs, ref_logprobs, mask)
+    scores, logprobs, ref_logprobs, mask, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(scores, logprobs, ref_logprobs, mask, cu_seqlens)
 
 
 def _shape_formula(ctx, grad):
     by_score, by_logprob = _shape_backward(grad, *ctx.saved_tensors, *ctx.options)
     by_ref = -by_logprob if ctx.needs_input_grad[2] else None
-    return by_score, by_logprob, by_ref, None, None, None, None, None
+    return by_score, by_logprob, by_ref, *(None,) * 6
 
 
 register(

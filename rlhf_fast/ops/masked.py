@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._common import Kernel, as_reals, flag, need_mask, number, register, weights_reference
+from rlhf_fast.ops._common import (
+    Kernel,
+    as_reals,
+    flag,
+    need_mask,
+    number,
+    optional_offsets,
+    padded_reference,
+    register,
+    weights_reference,
+)
 
 _mean = Kernel("masked_mean")
 _mean_backward = Kernel("masked_mean_backward")
@@ -11,18 +21,19 @@ _whiten = Kernel("masked_whiten")
 _whiten_backward = Kernel("masked_whiten_backward")
 
 
-def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
-    """sum(mask * x) / sum(mask), over everything or one dimension; 0 where the mask keeps nothing.
+def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """sum(mask * x) / sum(mask), over everything, one dimension or each packed sequence; 0 where the mask keeps nothing.
 
     Values off the mask are never read: NaN or infinity there changes nothing.
 
     Args:
-        x: [...], floating point.
+        x: [...], floating point; packed [N] beside `cu_seqlens`.
         mask: the shape of x; bool, integer (0 or not) or floating point (weights).
         dim: the dimension to reduce, or None for all.
+        cu_seqlens: [B + 1], int32 or int64, rising from 0 to N: where each packed sequence starts, for a mean of each.
 
     Returns:
-        [] or x's shape without `dim`; float32, or float64 for float64 x.
+        [], x's shape without `dim`, or [B] of packed sequences; float32, or float64 for float64 x.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
@@ -30,8 +41,12 @@ def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
     op = "masked_mean"
     (x,) = as_reals(op, x=x)
     mask = _same_shape(op, mask, x)
+    if cu_seqlens is not None:
+        if dim is not None:
+            raise ValueError(f"{op}: `dim` must be None beside `cu_seqlens`, got {dim}")
+        return _mean(x, mask, optional_offsets(op, cu_seqlens))[0]
     if dim is None:
-        return _mean(x.reshape(1, -1), mask.reshape(1, -1))[0].view(())
+        return _mean(x.reshape(1, -1), mask.reshape(1, -1), None)[0].view(())
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"{op}: `dim` must be an integer or None, got {type(dim).__name__}")
     if not -x.dim() <= dim < x.dim():
@@ -39,11 +54,15 @@ def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
     x, mask = x.movedim(dim, -1), mask.movedim(dim, -1)
     rows = x.shape[:-1]
     flat = (rows.numel(), x.shape[-1])
-    return _mean(x.reshape(flat), mask.reshape(flat))[0].view(rows)
+    return _mean(x.reshape(flat), mask.reshape(flat), None)[0].view(rows)
 
 
-def masked_mean_reference(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
+def masked_mean_reference(
+    x: Tensor, mask: Tensor, *, dim: int | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """`masked_mean` in plain torch."""
+    if cu_seqlens is not None:
+        return masked_mean_reference(*reversed(padded_reference(cu_seqlens, mask, x)), dim=1)
     weight = weights_reference(mask, x)
     dims = tuple(range(x.dim())) if dim is None else dim
     total = torch.where(weight != 0, weight * torch.where(weight != 0, x, 0.0), 0.0).sum(dims)
@@ -102,7 +121,7 @@ def _same_shape(op, mask, x):
 
 
 def _mean_context(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1], output[1])
+    ctx.save_for_backward(inputs[1], output[1], inputs[2])
     ctx.mark_non_differentiable(output[1])
 
 
@@ -112,13 +131,18 @@ def _whiten_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
+def _fake_mean(x, mask, cu_seqlens):
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty((rows,)), x.new_empty((rows,), dtype=torch.float64)
+
+
 register(
     "masked_mean",
-    lambda x, mask: (x.new_empty(x.shape[:1]), x.new_empty(x.shape[:1], dtype=torch.float64)),
+    _fake_mean,
     setup_context=_mean_context,
-    backward=lambda ctx, grad, _: (_mean_backward(grad, *ctx.saved_tensors), None),
+    backward=lambda ctx, grad, _: (_mean_backward(grad, *ctx.saved_tensors), None, None),
 )
-register("masked_mean_backward", lambda grad, mask, weight_sum: grad.new_empty(mask.shape))
+register("masked_mean_backward", lambda grad, mask, *rest: grad.new_empty(mask.shape))
 register(
     "masked_whiten",
     lambda x, mask, *rest: (x.new_empty(x.shape), x.new_empty((4,), dtype=torch.float64)),
