@@ -286,48 +286,80 @@ def is_input(op: str, index: int | str, value) -> bool:
     )
 
 
-def check(name: str, call: Call, device: str, gradients: bool = True) -> float:
-    """Outputs and gradients of one call against the float64 reference; the worst error in epsilons."""
-    op = OPS[name]
-    indexed = [*enumerate(call.args), *call.kwargs.items()]
-    places = [i for i, value in indexed if is_input(name, i, value)]
+@dataclass(frozen=True)
+class Outcome:
+    """One call, examined: its outputs, the gradients of its arguments by index or keyword, and the worst errors in epsilons."""
 
-    def run(function, convert):
-        args, kwargs = list(call.args), dict(call.kwargs)
-        for i, value in indexed:
-            if isinstance(value, Tensor):
-                value = convert(value)
-            if i in places:
-                value = value.detach().requires_grad_(gradients)
-            if isinstance(i, int):
-                args[i] = value
-            else:
-                kwargs[i] = value
-        return flatten(function(*args, **kwargs)), [args[i] if isinstance(i, int) else kwargs[i] for i in places]
+    outputs: list[Tensor]
+    gradients: dict[int | str, Tensor]
+    output_error: float = 0.0
+    gradient_error: float = 0.0
 
-    actual, leaves = run(op.function, lambda t: t.to(device))
-    expected, leaves64 = run(op.reference, lambda t: t.double() if t.is_floating_point() else t)
+
+def run(function: Callable, call: Call, places: list, convert: Callable, upstream: Callable | None) -> Outcome:
+    """Call `function` on converted tensors and, with `upstream` (output -> its gradient or None), go backward to `places`."""
+    args, kwargs = list(call.args), dict(call.kwargs)
+    leaves = {}
+    for i, value in [*enumerate(call.args), *call.kwargs.items()]:
+        if isinstance(value, Tensor):
+            value = convert(value)
+        if i in places:
+            leaves[i] = value = value.detach().requires_grad_(upstream is not None)
+        if isinstance(i, int):
+            args[i] = value
+        else:
+            kwargs[i] = value
+    outputs = flatten(function(*args, **kwargs))
+    if upstream is None:
+        return Outcome(outputs, {})
+    pairs = [(out, upstream(i, out)) for i, out in enumerate(outputs) if out.requires_grad]
+    pairs = [(out, grad) for out, grad in pairs if grad is not None]
+    if not pairs:
+        return Outcome(outputs, {})
+    outs, grads = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(outs, list(leaves.values()), grads, allow_unused=True)
+    return Outcome(outputs, dict(zip(leaves, gradients, strict=True)))
+
+
+def on(device: str) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.to(device)
+
+
+def random_upstream(i: int, out: Tensor) -> Tensor:
+    return randn(random.Random(i), *out.shape, dtype=out.dtype).to(out.device)
+
+
+def inputs_of(name: str, call: Call) -> list[int | str]:
+    return [i for i, value in [*enumerate(call.args), *call.kwargs.items()] if is_input(name, i, value)]
+
+
+def examine(name: str, call: Call, device: str, upstream: Callable | None = random_upstream) -> Outcome:
+    """Outputs and gradients of one call, held against the float64 reference on the same numbers."""
+    op, places = OPS[name], inputs_of(name, call)
+    got = run(op.function, call, places, on(device), upstream)
+    # The reference gets the upstream gradients that the op got: of its dtype, widened.
+    kinds = [out.dtype for out in got.outputs]
+    wide = upstream and (lambda i, out: None if (g := upstream(i, out.to(kinds[i]))) is None else g.to("cpu").double())
+    want = run(op.reference, call, places, lambda t: t.double() if t.is_floating_point() else t, wide)
     # Whitened advantages are rounded twice: as advantages, and once whitened.
     units = 4.0 if call.kwargs.get("whiten") else op.units
-    worst = max(
-        (
-            assert_close(f"{name} output {i}", a, e, units)
-            for i, (a, e) in enumerate(zip(actual, expected, strict=True))
-        ),
-        default=0.0,
-    )
-    outputs = [(a, e) for a, e in zip(actual, expected, strict=True) if a.requires_grad]
-    if not gradients or not outputs:
-        return worst
-    rng = random.Random(0)
-    upstream = [randn(rng, *a.shape, dtype=a.dtype) for a, _ in outputs]
-    got = torch.autograd.grad([a for a, _ in outputs], leaves, [u.to(device) for u in upstream], allow_unused=True)
-    want = torch.autograd.grad([e for _, e in outputs], leaves64, [u.double() for u in upstream], allow_unused=True)
-    for place, leaf, g, w in zip(places, leaves, got, want, strict=True):
+    output_error = gradient_error = 0.0
+    for i, (a, e) in enumerate(zip(got.outputs, want.outputs, strict=True)):
+        output_error = max(output_error, assert_close(f"{name} output {i}", a, e, units))
+    for place, g in got.gradients.items():
+        leaf = call.args[place] if isinstance(place, int) else call.kwargs[place]
         assert g is not None, f"{name}: no gradient for argument {place}"
         assert g.dtype == leaf.dtype
+        w = want.gradients.get(place)
         w = torch.zeros_like(leaf, dtype=torch.float64) if w is None else w
         # The gradient of a wide result may itself be rounded to a narrow input.
         allowed = units + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
-        worst = max(worst, assert_close(f"{name} gradient of argument {place}", g, w.to("cpu"), allowed))
-    return worst
+        error = assert_close(f"{name} gradient of argument {place}", g, w, allowed)
+        gradient_error = max(gradient_error, error)
+    return Outcome(got.outputs, got.gradients, output_error, gradient_error)
+
+
+def check(name: str, call: Call, device: str, gradients: bool = True) -> float:
+    """Outputs and gradients of one call against the float64 reference; the worst error in epsilons."""
+    outcome = examine(name, call, device, random_upstream if gradients else None)
+    return max(outcome.output_error, outcome.gradient_error)

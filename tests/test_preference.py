@@ -20,19 +20,3 @@ def test_a_tie_is_half_right(device):
     loss, stats = reward_pair_loss(same, same)
     torch.testing.assert_close(loss.cpu(), torch.tensor(2.0).log())
     assert stats["accuracy"] == 0.5
-
-
-def test_far_apart_pairs_neither_overflow_nor_vanish(device):
-    # OpenRLHF's log(1 + exp(x)) is infinite at 1000.
-    chosen = torch.tensor([-1000.0, 1000.0], device=device).requires_grad_()
-    rejected = torch.zeros(2, device=device)
-    loss, _ = reward_pair_loss(chosen, rejected)
-    loss.backward()
-    assert loss == 500 and torch.equal(chosen.grad, torch.tensor([-0.5, 0.0], device=device))
-
-
-def test_no_pairs(device):
-    nothing = torch.zeros(0, device=device).requires_grad_()
-    loss, stats = reward_pair_loss(nothing, nothing)
-    assert loss == 0 and all(v == 0 for v in stats.values())
-    loss.backward()
