@@ -171,6 +171,13 @@ inline void check_offsets(const GaeCall& call) {
   CHECK_VALUE(raw(call.rows.rows) == call.rows.tokens, "gae: `cu_seqlens` must end at N = ", call.rows.tokens, ", got ", raw(call.rows.rows));
 }
 
+inline void check_lambdas(const char* name, const OptionalTensor& lam) {
+  if (!lam.has_value()) return;
+  const double* rows = in<double>(*lam);
+  for (int64_t b = 0; b < lam->size(0); ++b)
+    CHECK_VALUE(rows[b] >= 0 && rows[b] <= 1, "gae: `", name, "` holds ", rows[b], " at position ", b, "; it must be in [0, 1]");
+}
+
 template <class A, bool kMasked>
 void gae_row(const GaeArrays<A>& a, int64_t row, int64_t begin, int64_t end, const GaeOptions& o) {
   GaeState state = a.start(row);
@@ -305,6 +312,8 @@ inline std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTen
   Tensor advantages = gae_output(call), returns = gae_output(call);
 #if !defined(RLHF_DEVICE_CODE)
   check_offsets(call);
+  check_lambdas("lam", call.lam);
+  check_lambdas("returns_lam", call.returns_lam);
 #endif
   for_real(rewards.scalar_type(), "gae", "rewards", [&](auto zero) {
     using A = decltype(zero);

@@ -31,7 +31,12 @@ class Call:
 
     def __str__(self):
         def show(x):
-            return f"{str(x.dtype)[6:]}{list(x.shape)} strides {list(x.stride())}" if isinstance(x, Tensor) else repr(x)
+            if not isinstance(x, Tensor):
+                return repr(x)
+            if x.is_nested or x.layout is not torch.strided:
+                return f"{'nested ' * x.is_nested}{str(x.layout)[6:]} {str(x.dtype)[6:]}"
+            where = "" if x.device.type == "cpu" else f" on {x.device}"
+            return f"{str(x.dtype)[6:]}{list(x.shape)} strides {list(x.stride())}{where}"
 
         return ", ".join([*map(show, self.args), *(f"{k}={show(v)}" for k, v in self.kwargs.items())])
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._common import Kernel, as_reals, flag, need_mask, number, register, weights_reference
+from rlhf_fast.ops._common import Kernel, as_reals, flag, integer, need_mask, number, register, weights_reference
 
 _mean = Kernel("masked_mean")
 _mean_backward = Kernel("masked_mean_backward")
@@ -32,8 +32,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
     mask = _same_shape(op, mask, x)
     if dim is None:
         return _mean(x.reshape(1, -1), mask.reshape(1, -1))[0].view(())
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{op}: `dim` must be an integer or None, got {type(dim).__name__}")
+    dim = integer(op, "dim", dim, none=True)
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"{op}: `dim` must be in [{-x.dim()}, {x.dim()}) for `x` of shape {list(x.shape)}, got {dim}")
     x, mask = x.movedim(dim, -1), mask.movedim(dim, -1)
