@@ -4,8 +4,9 @@
     python -m tests.fuzz 20000 --seed 7     these calls again
     python -m tests.fuzz 0 --repeat "7 gae cpu 12 31"       one call again, as a failure names it
 
-Outputs and gradients are compared on every call. Every fourth call is also asked for the same bits from a
-row alone and in its batch, and padded and packed; every twentieth for the same bits on one and two threads. Prints one table, and exits 1 where a call failed.
+Outputs and gradients are compared on every call. Every fourth call is also asked for the same bits from a row alone and in its
+batch, and padded and packed; every twentieth for the same bits on one and two threads. Prints one table, and exits 1 where a
+call failed.
 """
 
 import argparse

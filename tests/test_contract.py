@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rlhf_fast
+from rlhf_fast.ops import _common
 from tests.cases import OPS, Call
 
 B, T, V = 3, 5, 11
@@ -44,21 +45,49 @@ def tensors_of(result):
     )
 
 
+def kernels_called(name: str, call: Call, monkeypatch) -> dict:
+    """The operators that a call goes through, forward and backward, each with the arguments that it got last."""
+    seen = {}
+    original = _common.Kernel.__call__
+    monkeypatch.setattr(
+        _common.Kernel, "__call__", lambda self, *args: (seen.update({self: args}), original(self, *args))[1]
+    )
+    outputs = [t for t in tensors_of(OPS[name].function(*call.args, **call.kwargs)) if t.requires_grad]
+    torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    monkeypatch.undo()
+    return seen
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_registrations_hold_under_opcheck(name, monkeypatch):
-    """opcheck on the operator itself, with the arguments that the public function gives it."""
-    module = inspect.getmodule(OPS[name].function)
-    kernel = next(k for k in vars(module).values() if getattr(k, "name", None) == name)
-    seen = []
-    original = type(kernel).__call__
-    monkeypatch.setattr(
-        type(kernel), "__call__", lambda self, *args: (seen.append((self.name, args)), original(self, *args))[1]
-    )
+    """opcheck on every operator behind the op, forward and backward, with the arguments that the public function gives it."""
     call = example(name)
-    OPS[name].function(*call.args, **call.kwargs)
-    monkeypatch.undo()
-    args = next(args for called, args in seen if called == name)
-    torch.library.opcheck(kernel.overload(), args)
+    seen = kernels_called(name, call, monkeypatch)
+    if "inplace_backward" in inspect.signature(OPS[name].function).parameters:
+        logits = call.args[0].detach().clone().requires_grad_() * 1
+        call = Call((logits, *call.args[1:]), {**call.kwargs, "inplace_backward": True})
+        seen.update({k: v for k, v in kernels_called(name, call, monkeypatch).items() if k.name != name})
+    assert {name, f"{name}_backward"} <= {kernel.name for kernel in seen}
+    for kernel, args in seen.items():
+        if "backward" in kernel.name:  # once differentiable: no formula of its own
+            args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        torch.library.opcheck(kernel.overload(), args)
+
+
+@pytest.mark.parametrize("through", ["function", "operator"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_second_derivative_is_an_error_and_never_a_wrong_number(name, through, monkeypatch):
+    call = example(name, torch.float64)
+    leaves = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
+    if through == "function":
+        outputs = tensors_of(OPS[name].function(*call.args, **call.kwargs))
+    else:
+        kernel, args = next((k, a) for k, a in kernels_called(name, call, monkeypatch).items() if k.name == name)
+        outputs = tensors_of(kernel.overload()(*args))
+    gradients = torch.autograd.grad([t.sum() for t in outputs if t.requires_grad], leaves, create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            torch.autograd.grad(gradient.square().sum(), leaves, allow_unused=True)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -77,8 +106,9 @@ def test_gradients_in_double_precision(name):
     assert torch.autograd.gradcheck(function, (*(call.args[i] for i in places), *(call.kwargs[k] for k in keys)))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", OPS)
-def test_compiles_without_a_graph_break(name):
+def test_compiles_without_a_graph_break(name, backend):
     call = example(name)
     leaves = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
 
@@ -87,12 +117,12 @@ def test_compiles_without_a_graph_break(name):
         return outputs, torch.autograd.grad([t.sum() for t in outputs], leaves)
 
     torch._dynamo.reset()
-    compiled = torch.compile(OPS[name].function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(OPS[name].function, fullgraph=True, backend=backend)
     for got, want in zip(run(compiled), run(OPS[name].function), strict=True):
         torch.testing.assert_close(list(got), list(want))
 
 
-def test_compiles_with_inductor():
+def test_two_ops_compile_together_with_what_stands_between():
     torch._dynamo.reset()
     call = example("gather_logprobs")
 
