@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _REFUSAL = re.compile(r"\[rlhf_fast:(ValueError|TypeError)\] (.*?)\[end\]", re.DOTALL)
 _NO_KERNEL = "Could not run 'rlhf_fast::"
@@ -90,10 +89,47 @@ def register(
 ) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable)."""
     if backward is not None:
-        backward = once_differentiable(backward)
+        backward = _first_derivative_only(name, backward)
         _functions[name] = _function(setup_context, backward)
     _registrations[name] = (fake, setup_context, backward)
     _register_in("rlhf_fast", name)
+
+
+def _first_derivative_only(name: str, formula: Callable) -> Callable:
+    """The formula, its results refusing to be differentiated.
+
+    torch's once_differentiable refuses only where the upstream gradient requires grad. A gradient penalty has a constant one:
+    its gradients would come out as constants, and the penalty would silently do nothing.
+    """
+
+    def run(ctx, *gradients):
+        if not torch.is_grad_enabled():  # no create_graph
+            return formula(ctx, *gradients)
+        causes = [t for t in (*gradients, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        with torch.no_grad():
+            results = formula(ctx, *gradients)
+        if not causes:
+            return results
+        results = list(results) if isinstance(results, tuple | list) else [results]
+        places = [i for i, r in enumerate(results) if r is not None]
+        for i, r in zip(places, _Refusal.apply(name, len(places), *(results[i] for i in places), *causes), strict=True):
+            results[i] = r
+        return tuple(results)
+
+    return run
+
+
+class _Refusal(torch.autograd.Function):
+    """Passes `count` tensors on, made from the others in a way that has no derivative."""
+
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(f"{ctx.name}: the op has no second derivative")
 
 
 def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd.Function]:
