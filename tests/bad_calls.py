@@ -126,6 +126,8 @@ def wrong_tensors(argument: str, value: Tensor) -> Iterator[tuple[str, object]]:
     if argument in ("temperature", "lam", "returns_lam", "normalizer"):
         yield "torch.bool", value.to(torch.bool)
     yield "on meta", value.to("meta")
+    if torch.cuda.is_available():
+        yield "on cuda", value.to("cuda")
     if value.dim() > 0:
         yield "sparse", value.to_sparse()
     if value.dim() == 2:
