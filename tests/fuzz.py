@@ -199,14 +199,13 @@ def main() -> int:
                 tasks.append((given.seed, name, device, chunk, min(CHUNK, calls - chunk * CHUNK), None))
     random.Random(0).shuffle(tasks)  # slow ops among fast ones, so that the processes end together
     totals, failures = collections.defaultdict(lambda: [0, 0.0, 0.0]), []
-    with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
-        for name, device, worst, failed in pool.imap_unordered(play, tasks):
+    with multiprocessing.get_context("spawn").Pool(given.processes) as pool, contextlib.suppress(KeyboardInterrupt):
+        for name, device, worst, failed in pool.imap_unordered(play, tasks):  # Ctrl-C shows what was done until then
             for (kind, dtype), (calls, output, gradient) in worst.items():
                 row = totals[name, kind, device, dtype]
                 row[:] = row[0] + calls, max(row[1], output), max(row[2], gradient)
             failures += failed
             if len(failures) >= MAX_FAILURES:
-                pool.terminate()
                 break
     print(f"seed {given.seed}; worst errors in epsilons of the output's dtype, relative to max(1, |reference|)")
     print(f"{'op':<26}{'kernels':<10}{'dtype':<9}{'calls':>8}{'outputs':>10}{'gradients':>11}")

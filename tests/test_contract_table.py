@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -384,14 +385,21 @@ def _(name, device):
     if os.environ.get("RLHF_FAST_SLOW") != "1":
         pytest.skip("half a minute, three on the emulator; RLHF_FAST_SLOW=1 runs it")
     n = 2**31 + 4096
-    x = torch.zeros(1, n, device=device)  # on the CPU one shared page, but for what is written
-    mask = torch.zeros(1, n, dtype=torch.bool, device=device)
-    mask[0, [5, -3]] = True
+
+    def blank(dtype):  # numpy's zeros take no memory until they are written, torch's do
+        return (
+            torch.zeros(1, n, dtype=dtype, device="cuda")
+            if device == "cuda"
+            else torch.from_numpy(np.zeros((1, n), str(dtype)[6:]))
+        )
+
+    x, mask = blank(torch.float32), blank(torch.uint8)
+    mask[0, [5, -3]] = 1
     x[0, 5], x[0, -3] = 1.0, 2.0
     if name == "masked_mean":
         assert rlhf_fast.masked_mean(x, mask) == 1.5
         return
-    zeros = torch.zeros(1, n, device=device)
+    zeros = blank(torch.float32)
     loss, stats = rlhf_fast.ppo_policy_loss(zeros, zeros, x, mask)
     assert loss == -1.5 and stats["tokens"] == 2
 
