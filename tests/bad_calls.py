@@ -56,7 +56,7 @@ RIGHT = [
     ("ppo_policy_loss", "advantages", "row 0 of it"),
     ("ppo_policy_loss", "advantages", "1 dimension more at the end"),
     ("ppo_policy_loss", "advantages", "1 more in dimension 1"),  # [B, 0] beside T = 1
-    ("gae", "cu_seqlens", "1 less in dimension 0"),  # where the last sequence is empty
+    (None, "cu_seqlens", "1 less in dimension 0"),  # where the last sequence is empty
 ]
 
 
