@@ -46,6 +46,13 @@ inline Normalizer normalizer_view(const char* op, const OptionalTensor& tensor, 
 
 enum Aggregate : int { kTokenMean = 0, kTokenSum = 1, kSeqMeanTokenSum = 2, kSeqMeanTokenMean = 3, kSeqMeanTokenSumNorm = 4 };
 
+// A variance is a mean square less a squared mean. What is left below this share of the mean square is their rounding.
+HOST_DEVICE double variance_or_zero(double mean_square, double mean) {
+  constexpr double kNoise = 1.0 / (int64_t{1} << 40);
+  const double variance = mean_square - mean * mean;
+  return variance > kNoise * mean_square ? variance : 0.0;
+}
+
 // Every loss reduction starts with these two terms.
 constexpr int kWeight = 0, kLoss = 1;
 
@@ -193,8 +200,7 @@ struct PolicyTerms {
     stats[4] = static_cast<A>(mean);
     stats[5] = static_cast<A>(any ? total.at[kRatioMin] : 0.0);
     stats[6] = static_cast<A>(any ? total.at[kRatioMax] : 0.0);
-    const double variance = any ? total.at[kRatioSquare] / n - off_one * off_one : 0.0;
-    stats[7] = static_cast<A>(variance > 0 ? variance : 0.0);
+    stats[7] = static_cast<A>(any ? variance_or_zero(total.at[kRatioSquare] / n, off_one) : 0.0);
     stats[8] = static_cast<A>(n);
   }
 };
@@ -305,7 +311,7 @@ struct ValueTerms {
     const bool any = n != 0;
     const double scale = any ? 1.0 / n : 0.0;
     const double mean_return = total.at[kReturn] * scale, mean_residual = total.at[kResidual] * scale;
-    const double return_variance = total.at[kReturnSquare] * scale - mean_return * mean_return;
+    const double return_variance = variance_or_zero(total.at[kReturnSquare] * scale, mean_return);
     const double residual_variance = total.at[kError] * scale - mean_residual * mean_residual;
     stats[0] = static_cast<A>(total.at[kClipped] * scale);
     stats[1] = static_cast<A>(total.at[kError] * scale);

@@ -277,7 +277,7 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> f
     error = (actual64 - expected)[finite].abs() / expected[finite].abs().clamp(min=1.0) / EPS[actual.dtype]
     worst = error.max().item() if error.numel() else 0.0
     # float64 results come from another order of the same float64 operations, not from a wider type.
-    allowed = units if actual.dtype != torch.float64 else 65536.0
+    allowed = units if actual.dtype != torch.float64 else 2.0**20
     assert worst <= allowed, f"{what}: off by {worst:.3g} epsilons of {actual.dtype}, {allowed} allowed"
     return worst
 
@@ -363,6 +363,7 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
     wide = upstream and (lambda i, out: None if (g := upstream(i, out.to(kinds[i]))) is None else g.to("cpu").double())
     want = run(op.reference, call, places, lambda t: t.double() if t.is_floating_point() else t, wide)
     units = units_of(name, call)
+    largest = max(v.numel() for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))
     output_error = gradient_error = 0.0
     for i, (a, e) in enumerate(zip(got.outputs, want.outputs, strict=True)):
         output_error = max(output_error, assert_close(f"{name} output {i}", a, e, units))
@@ -374,6 +375,8 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
         w = torch.zeros_like(leaf, dtype=torch.float64) if w is None else w
         # The gradient of a wide result may itself be rounded to a narrow input.
         allowed = units + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
+        if leaf.numel() < largest:  # one value a row: torch adds its gradient up over the tokens, in float32
+            allowed = max(allowed, 4.0)
         error = assert_close(f"{name} gradient of argument {place}", g, w, allowed)
         gradient_error = max(gradient_error, error)
     return Outcome(got.outputs, got.gradients, output_error, gradient_error)

@@ -106,3 +106,13 @@ def test_the_stats_do_not_depend_on_threads():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_does_not_vary_has_no_variance_whatever_its_weights(device):
+    # A mean square less a squared mean leaves rounding, and a quotient of two roundings is anything.
+    weight = torch.tensor([[0.3, 0.7, 0.0, 0.1]], device=device)
+    constant = torch.full((1, 4), 1.1, device=device)
+    stats = ppo_value_loss(torch.randn(1, 4, device=device), constant, constant, weight)[1]
+    assert stats["explained_variance"] == 0
+    stats = ppo_policy_loss(constant + 11, constant, constant, weight)[1]  # a ratio of 60,000
+    assert stats["ratio_var"] == 0 and stats["ratio_max"] > 5e4
