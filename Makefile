@@ -3,7 +3,7 @@
 #   make demo      train all three stages on the embedded demo (minutes, one CPU core, no network) and write a report
 #   make test      the test suite, with the CUDA kernels emulated on the CPU
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
-#   make fuzz      N random calls an op (default 2000) against the float64 references
+#   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
 #   make lint      ruff
 
@@ -43,7 +43,9 @@ emulate: install
 	done
 
 fuzz: install
-	RLHF_FAST_FUZZ=$(N) RLHF_FAST_SEED=$$(date +%s) $(PY) -m pytest tests/test_properties.py -s
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(N)
+	RLHF_FAST_BAD_CALLS=all RLHF_FAST_SLOW=1 $(PY) -m pytest tests/test_bad_calls.py tests/test_contract_table.py \
+	  -k "wrong_calls or more_tokens and not emulated"
 
 bench: install
 	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet

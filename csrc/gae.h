@@ -172,6 +172,13 @@ HOST_DEVICE double scan_block(double* term, const double* factor, const GaeFacto
   return after;
 }
 
+inline void check_lambdas(const char* name, const OptionalTensor& lam) {
+  if (!lam.has_value()) return;
+  const double* rows = in<double>(*lam);
+  for (int64_t b = 0; b < lam->size(0); ++b)
+    CHECK_VALUE(rows[b] >= 0 && rows[b] <= 1, "gae: `", name, "` holds ", rows[b], " at position ", b, "; it must be in [0, 1]");
+}
+
 // Up to kGaeBlock tokens from `first` on; `state` is that right of them before, and left of them after. The same numbers as
 // gae_step token by token, but for the order of the sums.
 template <class A>
@@ -399,6 +406,10 @@ inline std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTen
                                       bool decay) {
   const GaeCall call = gae_call(rewards, values, mask, bootstrap, lam_rows, returns_lam_rows, cu_seqlens, gamma, lam, returns_lam, decay);
   Tensor advantages = empty_tokens(call.rewards, call.rows), returns = empty_tokens(call.rewards, call.rows);
+#if !defined(RLHF_DEVICE_CODE)
+  check_lambdas("lam", call.lam);
+  check_lambdas("returns_lam", call.returns_lam);
+#endif
   for_real(rewards.scalar_type(), "gae", "rewards", [&](auto zero) {
     using A = decltype(zero);
     const GaeArrays<A> arrays = gae_arrays<A>(call, advantages, returns);

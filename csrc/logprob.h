@@ -227,7 +227,7 @@ inline LogprobCall logprob_call(const char* op, const Tensor& logits_, const Ten
              ": `labels` must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
   check_same_device(op, "labels", labels, "logits", logits_);
   const int64_t vocab = logits_.size(batch_dims);
-  CHECK_VALUE(vocab > 0 || labels.numel() == 0, op, ": `logits` has an empty vocabulary, shape ", shape_of(logits_));
+  CHECK_VALUE(vocab > 0 || labels.numel() == 0, op, ": `logits` must not have an empty vocabulary, got shape ", shape_of(logits_));
 
   LogprobCall call{vocab <= 1 || logits_.stride(batch_dims) == 1 ? logits_ : dense(logits_), dense(labels)};
   call.long_labels = labels.scalar_type() == ScalarType::Long;

@@ -53,6 +53,13 @@ inline Normalizer normalizer_view(const char* op, const OptionalTensor& tensor, 
 
 enum Aggregate : int { kTokenMean = 0, kTokenSum = 1, kSeqMeanTokenSum = 2, kSeqMeanTokenMean = 3, kSeqMeanTokenSumNorm = 4 };
 
+// A variance is a mean square less a squared mean. What is left below this share of the mean square is their rounding.
+HOST_DEVICE double variance_or_zero(double mean_square, double mean) {
+  constexpr double kNoise = 1.0 / (int64_t{1} << 40);
+  const double variance = mean_square - mean * mean;
+  return variance > kNoise * mean_square ? variance : 0.0;
+}
+
 // Every loss reduction starts with these two terms.
 constexpr int kWeight = 0, kLoss = 1;
 
@@ -469,14 +476,13 @@ struct ValueTerms {
     const bool any = n != 0;
     const double scale = any ? 1.0 / n : 0.0;
     const double mean_return = total.at[kReturn] * scale, mean_residual = total.at[kResidual] * scale;
-    const double return_variance = total.at[kReturnSquare] * scale - mean_return * mean_return;
+    const double return_variance = variance_or_zero(total.at[kReturnSquare] * scale, mean_return);
     const double residual_variance = total.at[kError] * scale - mean_residual * mean_residual;
     stats[0] = static_cast<A>(total.at[kClipped] * scale);
     stats[1] = static_cast<A>(total.at[kError] * scale);
     stats[2] = static_cast<A>(total.at[kValue] * scale);
     stats[3] = static_cast<A>(mean_return);
-    const bool varies = return_variance > 1e-12 * total.at[kReturnSquare] * scale;  // and not by rounding
-    stats[4] = static_cast<A>(varies ? 1.0 - residual_variance / return_variance : 0.0);
+    stats[4] = static_cast<A>(return_variance > 0 ? 1.0 - residual_variance / return_variance : 0.0);
     stats[5] = static_cast<A>(n);
   }
 };

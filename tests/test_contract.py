@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rlhf_fast
+from rlhf_fast.ops import _common
 from tests.cases import OPS, Call
 
 B, T, V = 3, 5, 11
@@ -70,22 +71,63 @@ def tensors_of(result):
     )
 
 
+def kernels_called(name: str, call: Call, monkeypatch) -> dict:
+    """The operators that a call goes through, forward and backward, each with the arguments that it got last."""
+    seen = {}
+    original = _common.Kernel.__call__
+    monkeypatch.setattr(
+        _common.Kernel, "__call__", lambda self, *args: (seen.update({self: args}), original(self, *args))[1]
+    )
+    outputs = [t for t in tensors_of(OPS[name].function(*call.args, **call.kwargs)) if t.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    monkeypatch.undo()
+    return seen
+
+
 @pytest.mark.parametrize("example_name", EXAMPLES)
 def test_registrations_hold_under_opcheck(example_name, monkeypatch):
-    """opcheck on the operator itself, with the arguments that the public function gives it."""
-    name = example_name.split()[0]
-    module = inspect.getmodule(OPS[name].function)
-    kernel = next(k for k in vars(module).values() if getattr(k, "name", None) == name)
-    seen = []
-    original = type(kernel).__call__
-    monkeypatch.setattr(
-        type(kernel), "__call__", lambda self, *args: (seen.append((self.name, args)), original(self, *args))[1]
-    )
-    call = example(example_name)
-    OPS[name].function(*call.args, **call.kwargs)
-    monkeypatch.undo()
-    args = next(args for called, args in seen if called == name)
-    torch.library.opcheck(kernel.overload(), args)
+    """opcheck on every operator behind the op, forward and backward, with the arguments that the public function gives it."""
+    name, call = example_name.split()[0], example(example_name)
+    seen = kernels_called(name, call, monkeypatch)
+    if "inplace_backward" in inspect.signature(OPS[name].function).parameters:
+        logits = call.args[0].detach().clone().requires_grad_() * 1
+        call = Call((logits, *call.args[1:]), {**call.kwargs, "inplace_backward": True})
+        seen.update({k: v for k, v in kernels_called(name, call, monkeypatch).items() if k.name != name})
+    assert name in {kernel.name for kernel in seen}
+    for kernel, args in seen.items():
+        if "backward" in kernel.name:  # once differentiable: no formula of its own
+            args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        torch.library.opcheck(kernel.overload(), args)
+
+
+@pytest.mark.parametrize("through", ["function", "operator"])
+@pytest.mark.parametrize("example_name", EXAMPLES)
+def test_a_second_derivative_is_an_error_and_never_a_wrong_number(example_name, through, monkeypatch):
+    """With a constant upstream too: a gradient penalty that came out as a constant would silently do nothing."""
+    name, call = example_name.split()[0], example(example_name, torch.float64)
+    leaves = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
+    if through == "function":
+        outputs = tensors_of(OPS[name].function(*call.args, **call.kwargs))
+    else:
+        kernel, args = next((k, a) for k, a in kernels_called(name, call, monkeypatch).items() if k.name == name)
+        outputs = tensors_of(kernel.overload()(*args))
+    outputs = [t for t in outputs if t.requires_grad]
+    message = f"{name}: the op has no second derivative"
+    if not outputs:
+        pytest.skip(f"{name} has no derivative at all")
+    for gradient in torch.autograd.grad([t.sum() for t in outputs], leaves, create_graph=True):
+        if name == "masked_mean":  # linear: its gradient really is a constant
+            assert not gradient.requires_grad
+            continue
+        with pytest.raises(RuntimeError, match=message):
+            torch.autograd.grad(gradient.square().sum(), leaves, allow_unused=True)
+        with pytest.raises(RuntimeError, match=message):
+            (outputs[0].sum() + gradient.square().sum()).backward(retain_graph=True)
+    upstream = [torch.ones_like(t).requires_grad_() for t in outputs]
+    for gradient in torch.autograd.grad(outputs, leaves, upstream, create_graph=True):
+        with pytest.raises(RuntimeError, match=message):
+            torch.autograd.grad(gradient.square().sum(), upstream, allow_unused=True)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -104,8 +146,9 @@ def test_gradients_in_double_precision(name):
     assert torch.autograd.gradcheck(function, (*(call.args[i] for i in places), *(call.kwargs[k] for k in keys)))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_compiles_without_a_graph_break(name):
+def test_compiles_without_a_graph_break(name, backend):
     call, op = example(name), OPS[name.split()[0]]
     leaves = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
 
@@ -114,12 +157,12 @@ def test_compiles_without_a_graph_break(name):
         return outputs, torch.autograd.grad([t.sum() for t in outputs], leaves)
 
     torch._dynamo.reset()
-    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(op.function, fullgraph=True, backend=backend)
     for got, want in zip(run(compiled), run(op.function), strict=True):
         torch.testing.assert_close(list(got), list(want))
 
 
-def test_compiles_with_inductor():
+def test_two_ops_compile_together_with_what_stands_between():
     torch._dynamo.reset()
     call = example("gather_logprobs")
 

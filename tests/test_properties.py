@@ -1,6 +1,7 @@
-"""Random calls of every op against its float64 reference, outputs and gradients, on every device under test.
+"""Random calls of every op against its float64 reference, outputs and gradients, on every device under test; and the same bits
+on any number of threads, alone or in a batch, padded or packed.
 
-RLHF_FAST_FUZZ=N draws N calls an op (`make fuzz`); the default is a fixed share with a fixed seed.
+RLHF_FAST_FUZZ=N draws N calls an op instead of the fixed share with a fixed seed; tests/fuzz.py (`make fuzz`) draws thousands.
 """
 
 import os
@@ -8,7 +9,8 @@ import random
 
 import pytest
 
-from tests.cases import OPS, check
+from tests.cases import OPS
+from tests.fuzz import examine_closely
 
 CALLS = int(os.environ.get("RLHF_FAST_FUZZ", "120"))
 
@@ -20,7 +22,8 @@ def test_random_calls_match_the_reference(name, device, record_property):
     for number in range(CALLS):
         call = OPS[name].draw(rng)
         try:
-            worst = max(worst, check(name, call, device))
+            outcome = examine_closely(name, call, device, number)
         except AssertionError as error:
             raise AssertionError(f"call {number}, {name}({call}): {error}") from None
+        worst = max(worst, outcome.output_error, outcome.gradient_error)
     record_property("worst_epsilons", worst)

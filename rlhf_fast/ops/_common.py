@@ -5,6 +5,7 @@ RuntimeError with a source path in front; `kernel` raises them again as the Valu
 """
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_fast._C import DirectCall
 
@@ -127,10 +127,47 @@ def register(
 ) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable)."""
     if backward is not None:
-        backward = once_differentiable(backward)
+        backward = _first_derivative_only(name, backward)
         _functions[name] = _function(setup_context, backward)
     _registrations[name] = (fake, setup_context, backward)
     _register_in("rlhf_fast", name)
+
+
+def _first_derivative_only(name: str, formula: Callable) -> Callable:
+    """The formula, its results refusing to be differentiated.
+
+    torch's once_differentiable refuses only where the upstream gradient requires grad. A gradient penalty has a constant one:
+    its gradients would come out as constants, and the penalty would silently do nothing.
+    """
+
+    def run(ctx, *gradients):
+        if not torch.is_grad_enabled():  # no create_graph
+            return formula(ctx, *gradients)
+        causes = [t for t in (*gradients, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        with torch.no_grad():
+            results = formula(ctx, *gradients)
+        if not causes:
+            return results
+        results = list(results) if isinstance(results, tuple | list) else [results]
+        places = [i for i, r in enumerate(results) if r is not None]
+        for i, r in zip(places, _Refusal.apply(name, len(places), *(results[i] for i in places), *causes), strict=True):
+            results[i] = r
+        return tuple(results)
+
+    return run
+
+
+class _Refusal(torch.autograd.Function):
+    """Passes `count` tensors on, made from the others in a way that has no derivative."""
+
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(f"{ctx.name}: the op has no second derivative")
 
 
 def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd.Function]:
@@ -164,9 +201,28 @@ class _Shifted:
 
 def _register_in(library: str, name: str) -> None:
     fake, setup_context, backward = _registrations[name]
-    torch.library.register_fake(f"{library}::{name}", fake)
+    torch.library.register_fake(f"{library}::{name}", _on_one_device(library, name, fake))
     if backward is not None:
         torch.library.register_autograd(f"{library}::{name}", backward, setup_context=setup_context)
+
+
+def _on_one_device(library: str, name: str, fake: Callable) -> Callable:
+    """Meta tensors beside real ones come here rather than to a kernel, whose check would refuse them."""
+
+    def checked(*args):
+        places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        first = args[places[0]].device
+        other = next((i for i in places if args[i].device != first), None)
+        if other is not None:
+            schema = getattr(getattr(torch.ops, library), name).default._schema.arguments
+            names = [schema[i].name.removesuffix("_rows") for i in (other, places[0])]
+            raise ValueError(
+                f"{name}: `{names[0]}` is on {args[other].device.type} and `{names[1]}` on {first.type}; "
+                "they must be on one device"
+            )
+        return fake(*args)
+
+    return checked
 
 
 def register_all(library: str) -> None:
@@ -179,9 +235,17 @@ def register_all(library: str) -> None:
 # Arguments
 
 
+_strided = torch.strided
+
+
 def need_tensor(op: str, name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(value).__name__}")
+    if value.layout is not _strided or value.is_nested or value.is_quantized:
+        kind = (
+            "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)[len("torch.") :]
+        )
+        raise TypeError(f"{op}: `{name}` must be a dense tensor, got a {kind} one")
     return value
 
 
@@ -224,13 +288,15 @@ def number(
         return value
     if value is None and none is not None:
         return none
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        if type(value).__module__ != "numpy" or not hasattr(value, "item"):
-            raise TypeError(
-                f"{op}: `{name}` must be a number{' or None' if none is not None else ''}, got {type(value).__name__}"
-            )
-        value = value.item()
-    value = float(value)
+    # numpy's numbers are Real; its arrays, strings and bools are not.
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(
+            f"{op}: `{name}` must be a number{' or None' if none is not None else ''}, got {type(value).__name__}"
+        )
+    try:
+        value = float(value)
+    except OverflowError:  # an int with more than 308 digits
+        value = math.inf if value > 0 else -math.inf
     if not (math.isfinite(value) and low <= value <= high and (above is None or value > above)):
         bounds = []
         if above is not None:
@@ -241,6 +307,15 @@ def number(
             bounds.append(f"at most {high:g}")
         raise ValueError(f"{op}: `{name}` must be {' and '.join(['finite', *bounds])}, got {value}")
     return value
+
+
+def integer(op: str, name: str, value: Any, *, none: bool = False) -> int:
+    """An int64; numpy's integers count. `none` says in the error that None would do as well."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: `{name}` must be an integer{' or None' if none else ''}, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: `{name}` must fit in 64 bits, got an integer of {int(value).bit_length()} bits")
+    return int(value)
 
 
 def flag(op: str, name: str, value: Any) -> bool:
@@ -265,6 +340,16 @@ def as_reals(op: str, **tensors: Any) -> list[Tensor]:
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors.values()]
 
 
+def constants(op: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor of numbers that no gradient flows to, in `dtype`."""
+    value = need_tensor(op, name, value)
+    if value.requires_grad:
+        raise ValueError(f"{op}: `{name}` requires grad, but no gradient flows to it; pass {name}.detach()")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{op}: `{name}` must be floating point or integer, got {value.dtype}")
+    return value.to(dtype)
+
+
 AGGREGATES = {
     "token-mean": 0,
     "token-sum": 1,
@@ -279,7 +364,7 @@ def normalizer_of(op: str, value: Any) -> tuple[Tensor | None, float]:
     if value is None:
         return None, math.nan
     if isinstance(value, Tensor):
-        return value.detach(), math.nan
+        return need_tensor(op, "normalizer", value).detach(), math.nan
     return None, number(op, "normalizer", value, above=0.0)
 
 

@@ -7,8 +7,8 @@ from rlhf_fast.ops._common import (
     Kernel,
     as_reals,
     choice,
+    constants,
     flag,
-    need_tensor,
     number,
     optional_mask,
     optional_offsets,
@@ -152,9 +152,7 @@ def gae_reference(
 
 def _lam(op, name, value) -> tuple[Tensor | None, float]:
     if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise ValueError(f"{op}: `{name}` requires grad, but no gradient flows to it; pass {name}.detach()")
-        return need_tensor(op, name, value).to(torch.float64), 0.0
+        return constants(op, name, value, torch.float64), 0.0
     return None, number(op, name, value, low=0.0, high=1.0)
 
 

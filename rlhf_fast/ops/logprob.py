@@ -5,7 +5,9 @@ from torch import Tensor
 
 from rlhf_fast.ops._common import (
     Kernel,
+    constants,
     flag,
+    integer,
     need_tensor,
     number,
     optional_mask,
@@ -75,18 +77,16 @@ def gather_logprobs(
     flag(op, "inplace_backward", inplace_backward)
     cap = number(op, "softcap", softcap, above=0.0, none=0.0)
     scale = number(op, "logit_scale", logit_scale, above=0.0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: `ignore_index` must be an integer, got {type(ignore_index).__name__}")
+    ignore_index = integer(op, "ignore_index", ignore_index)
     if logits.dim() == 0:
         raise ValueError(f"{op}: `logits` must be [..., V], got a tensor without dimensions")
     taus, tau = None, 1.0
     if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError(
-                f"{op}: `temperature` requires grad, but no gradient flows to it; pass temperature.detach()"
-            )
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        taus = temperature.to(dtype).expand(labels.shape) if temperature.dim() == 0 else temperature.to(dtype)
+        taus = constants(
+            op, "temperature", temperature, torch.float64 if logits.dtype == torch.float64 else torch.float32
+        )
+        if taus.dim() == 0:
+            taus = taus.expand(labels.shape)
     else:
         tau = number(op, "temperature", temperature, above=0.0)
 

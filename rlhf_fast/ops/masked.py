@@ -7,6 +7,7 @@ from rlhf_fast.ops._common import (
     Kernel,
     as_reals,
     flag,
+    integer,
     need_mask,
     number,
     optional_offsets,
@@ -47,8 +48,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None, cu_seqlens: 
         return _mean(x, mask, optional_offsets(op, cu_seqlens))[0]
     if dim is None:
         return _mean(x.reshape(1, -1), mask.reshape(1, -1), None)[0].view(())
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{op}: `dim` must be an integer or None, got {type(dim).__name__}")
+    dim = integer(op, "dim", dim, none=True)
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"{op}: `dim` must be in [{-x.dim()}, {x.dim()}) for `x` of shape {list(x.shape)}, got {dim}")
     x, mask = x.movedim(dim, -1), mask.movedim(dim, -1)

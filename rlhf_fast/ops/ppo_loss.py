@@ -273,7 +273,7 @@ def ppo_value_loss_reference(
         "error": mean(free_square),
         "value_mean": mean(values),
         "return_mean": mean(returns),
-        "explained_variance": 1 - residual_var / return_var if return_var > 1e-12 * mean(returns**2) else n * 0,
+        "explained_variance": 1 - residual_var / return_var if return_var > mean(returns**2) * 2.0**-40 else n * 0,
         "tokens": n,
     }
     return aggregate_reference(loss, weight, aggregate, normalizer), {k: v.detach() for k, v in stats.items()}

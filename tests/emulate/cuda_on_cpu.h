@@ -2,18 +2,24 @@
 // threads of a block switched at its barriers. A block is run in one of three orders between barriers, forward, reverse or
 // shuffled (CUDA_ON_CPU_ORDER), so that a missing barrier gives a wrong result in at least one of them.
 //
-// It has what the kernels use: threadIdx, blockIdx, __shared__ (function-local), __syncthreads, __shfl_down_sync over full
-// warps. It cannot see races between blocks, the memory model, register or shared-memory limits, or speed.
+// It has what kernels use: threadIdx, blockIdx, blockDim, gridDim, __shared__ (function-local), __syncthreads, __syncwarp, and
+// over full warps __shfl_sync, __shfl_down_sync, __shfl_up_sync, __shfl_xor_sync, __ballot_sync, __any_sync and __all_sync. It
+// cannot see races between blocks, the memory model, register or shared-memory limits, or speed.
 #pragma once
 
+#if !defined(__x86_64__) && !defined(CUDA_ON_CPU_PORTABLE)
+#define CUDA_ON_CPU_PORTABLE
+#endif
+#if defined(CUDA_ON_CPU_PORTABLE)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <random>
 #include <stdexcept>
 #include <vector>
 
@@ -31,24 +37,85 @@
 namespace cuda_on_cpu {
 
 struct Index {
-  unsigned x = 0;
+  unsigned x = 0, y = 0, z = 0;
 };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kStackBytes = 256 << 10;
 
-enum class Waits { kNo, kForBlock, kForWarp, kDone };
+// A place to go on from. A switch is a dozen instructions on x86-64: what the calling convention keeps goes on the stack, and
+// the stack pointer changes. swapcontext, the portable way, makes a system call for the signal mask each time.
+#if !defined(CUDA_ON_CPU_PORTABLE)
+
+struct Place {
+  void* stack_pointer;
+};
+
+extern "C" void cuda_on_cpu_switch(Place* from, Place* to);
+__asm__(R"(
+.pushsection .text
+.local cuda_on_cpu_switch
+.type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq (%rsi), %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+.popsection
+)");
+
+inline void switch_places(Place& from, Place& to) { cuda_on_cpu_switch(&from, &to); }
+
+inline void prepare(Place& place, char* stack, size_t bytes, void (*entry)()) {
+  auto top = reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15};
+  auto* words = reinterpret_cast<uintptr_t*>(top) - 8;  // six registers, the entry, and the return address it never uses
+  std::fill(words, words + 8, uintptr_t{0});
+  words[6] = reinterpret_cast<uintptr_t>(entry);
+  place.stack_pointer = words;
+}
+
+#else
+
+using Place = ucontext_t;
+
+inline void switch_places(Place& from, Place& to) { swapcontext(&from, &to); }
+
+inline void prepare(Place& place, char* stack, size_t bytes, void (*entry)()) {
+  getcontext(&place);
+  place.uc_stack.ss_sp = stack;
+  place.uc_stack.ss_size = bytes;
+  place.uc_link = nullptr;
+  makecontext(&place, entry, 0);
+}
+
+#endif
+
+enum class Waits : uint8_t { kNo, kForBlock, kForWarp, kDone };
 
 struct Fiber {
-  ucontext_t context;
-  Waits waits = Waits::kNo;
-  char mail[8];  // what this thread offers in a shuffle
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Place place;
+  Waits waits = Waits::kDone;
+  unsigned shuffles = 0;
+  char mail[2][8];  // what this thread offers in a shuffle; two boxes, so that a fast thread does not write over the last offer
+  std::unique_ptr<char[]> memory{new char[kStackBytes + 4096]};
+  char* stack = nullptr;
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline Place scheduler;
 inline const void* scheduler_stack = nullptr;
 inline size_t scheduler_stack_bytes = 0;
 inline unsigned current = 0;
@@ -70,15 +137,28 @@ inline void yield(Waits reason) {
   Fiber& fiber = fibers[current];
   fiber.waits = reason;
   void* fake = nullptr;
-  leave_for(scheduler_stack, scheduler_stack_bytes, reason == Waits::kDone ? nullptr : &fake);
-  swapcontext(&fiber.context, &scheduler);
-  arrived(fake, nullptr, nullptr);
+  leave_for(scheduler_stack, scheduler_stack_bytes, &fake);
+  switch_places(fiber.place, scheduler);
+  arrived(fake, &scheduler_stack, &scheduler_stack_bytes);
 }
 
+// A fiber outlives its block: it goes round for the next one.
 inline void enter_fiber() {
   arrived(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-  body();
-  yield(Waits::kDone);
+  for (;;) {
+    body();
+    yield(Waits::kDone);
+  }
+}
+
+inline void want_fibers(unsigned threads) {
+  if (fibers.size() >= threads) return;
+  fibers.clear();
+  fibers.resize(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    fibers[i].stack = fibers[i].memory.get() + i * 320 % 4096;  // page-aligned tops would all fall into the same cache lines
+    prepare(fibers[i].place, fibers[i].stack, kStackBytes, enter_fiber);
+  }
 }
 
 // Opens a barrier once every live thread of [first, last) stands at it.
@@ -93,61 +173,81 @@ inline void open_barrier(Waits kind, unsigned first, unsigned last) {
     if (fibers[i].waits == kind) fibers[i].waits = Waits::kNo;
 }
 
-inline void run_block(unsigned threads) {
-  static std::mt19937 random(0);
-  const char* order = std::getenv("CUDA_ON_CPU_ORDER");
-  const bool reverse = order && !std::strcmp(order, "reverse"), shuffled = order && !std::strcmp(order, "shuffled");
-  std::vector<unsigned> turn(threads);
+// Fisher-Yates on a multiplicative generator: std::shuffle costs more than the fibers it orders.
+inline void shuffle_turns(std::vector<unsigned>& turn) {
+  static uint64_t state = 1;
+  for (unsigned i = static_cast<unsigned>(turn.size()); i > 1; --i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    std::swap(turn[i - 1], turn[(state >> 32) * i >> 32]);
+  }
+}
+
+inline void run_block(unsigned threads, bool reverse, bool shuffled) {
+  static std::vector<unsigned> turn;
+  turn.resize(threads);
   for (unsigned i = 0; i < threads; ++i) {
     turn[i] = reverse ? threads - 1 - i : i;
-    Fiber& fiber = fibers[i];
-    fiber.waits = Waits::kNo;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter_fiber, 0);
+    fibers[i].waits = Waits::kNo;
+    fibers[i].shuffles = 0;
   }
   for (unsigned done = 0; done < threads;) {
     bool ran = false;
-    if (shuffled) std::shuffle(turn.begin(), turn.end(), random);
+    if (shuffled) shuffle_turns(turn);
     for (unsigned i : turn) {
       if (fibers[i].waits != Waits::kNo) continue;
       ran = true;
       current = i;
       threadIdx.x = i;
       void* fake = nullptr;
-      leave_for(fibers[i].stack.get(), kStackBytes, &fake);
-      swapcontext(&scheduler, &fibers[i].context);
+      leave_for(fibers[i].stack, kStackBytes, &fake);
+      switch_places(scheduler, fibers[i].place);
       arrived(fake, nullptr, nullptr);
       done += fibers[i].waits == Waits::kDone;
     }
     for (unsigned warp = 0; warp < threads; warp += kWarpSize) open_barrier(Waits::kForWarp, warp, std::min(warp + kWarpSize, threads));
     open_barrier(Waits::kForBlock, 0, threads);
-    if (!ran && done < threads) throw std::runtime_error("deadlock: threads of one block wait at different barriers");
+    if (!ran && done < threads) {
+      fibers.clear();  // they stand in the middle of this kernel
+      throw std::runtime_error("deadlock: threads of one block wait at different barriers");
+    }
   }
 }
 
+// What thread `from` of this thread's warp offers; every thread of the warp takes part.
 template <class T>
 T shuffle(T value, unsigned from) {
-  static_assert(sizeof(T) <= sizeof(Fiber::mail), "shuffle: at most 8 bytes");
-  std::memcpy(fibers[current].mail, &value, sizeof(T));
+  static_assert(sizeof(T) <= sizeof(Fiber::mail[0]), "shuffle: at most 8 bytes");
+  const unsigned box = fibers[current].shuffles++ % 2;
+  std::memcpy(fibers[current].mail[box], &value, sizeof(T));
   yield(Waits::kForWarp);
   T received;
-  std::memcpy(&received, fibers[from].mail, sizeof(T));
-  yield(Waits::kForWarp);
+  std::memcpy(&received, fibers[from].mail[box], sizeof(T));
   return received;
+}
+
+inline unsigned lane() { return current % kWarpSize; }
+inline unsigned first_of_warp() { return current - lane(); }
+
+inline unsigned ballot(bool predicate) {
+  const unsigned box = fibers[current].shuffles % 2;
+  shuffle(predicate, current);
+  unsigned bits = 0;
+  for (unsigned l = 0; l < kWarpSize && first_of_warp() + l < blockDim.x; ++l)
+    bits |= unsigned{fibers[first_of_warp() + l].mail[box][0] != 0} << l;
+  return bits;
 }
 
 template <class Kernel, class... Args>
 void run_grid(Kernel kernel, int64_t blocks, int threads, Args... args) {
-  if (fibers.size() < static_cast<size_t>(threads)) fibers.resize(threads);
+  want_fibers(threads);
+  const char* order = std::getenv("CUDA_ON_CPU_ORDER");
+  const bool reverse = order && !std::strcmp(order, "reverse"), shuffled = order && !std::strcmp(order, "shuffled");
   blockDim.x = threads;
   gridDim.x = static_cast<unsigned>(blocks);
   body = [&] { kernel(args...); };
   for (int64_t block = 0; block < blocks; ++block) {
     blockIdx.x = static_cast<unsigned>(block);
-    run_block(threads);
+    run_block(threads, reverse, shuffled);
   }
 }
 
@@ -159,9 +259,25 @@ using cuda_on_cpu::gridDim;
 using cuda_on_cpu::threadIdx;
 
 inline void __syncthreads() { cuda_on_cpu::yield(cuda_on_cpu::Waits::kForBlock); }
+inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_cpu::yield(cuda_on_cpu::Waits::kForWarp); }
 
 template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return cuda_on_cpu::shuffle(value, cuda_on_cpu::first_of_warp() + static_cast<unsigned>(from) % cuda_on_cpu::kWarpSize);
+}
+template <class T>
 T __shfl_down_sync(unsigned, T value, int delta) {
-  const unsigned lane = cuda_on_cpu::current % cuda_on_cpu::kWarpSize, from = lane + delta;
+  const unsigned from = cuda_on_cpu::lane() + delta;
   return cuda_on_cpu::shuffle(value, from < cuda_on_cpu::kWarpSize ? cuda_on_cpu::current + delta : cuda_on_cpu::current);
 }
+template <class T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  return cuda_on_cpu::shuffle(value, static_cast<int>(cuda_on_cpu::lane()) >= delta ? cuda_on_cpu::current - delta : cuda_on_cpu::current);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_on_cpu::shuffle(value, cuda_on_cpu::first_of_warp() + (cuda_on_cpu::lane() ^ static_cast<unsigned>(mask)));
+}
+inline unsigned __ballot_sync(unsigned, int predicate) { return cuda_on_cpu::ballot(predicate != 0); }
+inline int __any_sync(unsigned, int predicate) { return cuda_on_cpu::ballot(predicate != 0) != 0; }
+inline int __all_sync(unsigned, int predicate) { return cuda_on_cpu::ballot(predicate == 0) == 0; }
