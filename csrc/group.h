@@ -229,7 +229,7 @@ void for_groups(const Tensor& on, int64_t groups, int64_t size, const R& r) {
 inline GroupOptions group_options(const char* op, const Tensor& rewards, int64_t size, int64_t scale, bool leave_one_out, double eps) {
   CHECK_VALUE(rewards.dim() == 1, op, ": `rewards` must be [B], got shape ", shape_of(rewards));
   CHECK_VALUE(size >= 2, op, ": `group_size` must be at least 2, got ", size);
-  CHECK_VALUE(rewards.size(0) % size == 0, op, ": `rewards` holds ", rewards.size(0), " values, which is no multiple of `group_size`, ", size);
+  CHECK_VALUE(rewards.size(0) % size == 0, op, ": `rewards` must hold a multiple of `group_size`, ", size, ", got ", rewards.size(0), " values");
   CHECK_VALUE(scale >= kGroupStd && scale <= kBatchStd, op, ": unknown `scale` code ", scale);
   return {size, static_cast<int>(scale), leave_one_out ? static_cast<double>(size) / static_cast<double>(size - 1) : 1.0, eps};
 }

@@ -204,7 +204,7 @@ CPU_CLONES void kept_row_gradient(const T* x, T* dx, const KeptIds& ids, int64_t
   for (int k = 0; k < ids.count; ++k)
     CHECK_VALUE(ids.at(row, k) != kOutside, op, ": `kept` holds ", ids.raw(row, k), " at flat position ", row * ids.count + k,
                 "; an id must be below ", ids.vocab, ", or negative for padding");
-  CHECK_VALUE(false, op, ": `kept` keeps no token at flat position ", row, " of `labels`: every id there is padding");
+  CHECK_VALUE(false, op, ": `kept` must keep a token for each label, and at flat position ", row, " of `labels` it holds padding only");
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> kept_logprobs(Tensor logits, Tensor labels_, Tensor kept, OptionalTensor temperature,

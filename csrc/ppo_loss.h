@@ -53,10 +53,9 @@ inline Normalizer normalizer_view(const char* op, const OptionalTensor& tensor, 
 
 enum Aggregate : int { kTokenMean = 0, kTokenSum = 1, kSeqMeanTokenSum = 2, kSeqMeanTokenMean = 3, kSeqMeanTokenSumNorm = 4 };
 
-// A variance is a mean square less a squared mean. What is left below this share of the mean square is their rounding.
-HOST_DEVICE double variance_or_zero(double mean_square, double mean) {
+// What is left of a variance below this share of the mean square is the rounding of both.
+HOST_DEVICE double beyond_rounding(double variance, double mean_square) {
   constexpr double kNoise = 1.0 / (int64_t{1} << 40);
-  const double variance = mean_square - mean * mean;
   return variance > kNoise * mean_square ? variance : 0.0;
 }
 
@@ -312,14 +311,15 @@ struct PolicyTerms {
   HOST_DEVICE static void write_stats(const Terms<PolicyTerms>& total, double spread, A* stats) {
     const double n = total.at[kWeight];
     const bool any = n != 0;
+    const double mean = any ? total.at[kRatio] / n : 0.0, variance = any ? spread / n : 0.0;
     stats[0] = static_cast<A>(any ? total.at[kClipped] / n : 0.0);
     stats[1] = static_cast<A>(any ? total.at[kDualClipped] / n : 0.0);
     stats[2] = static_cast<A>(any ? total.at[kHalfSquare] / n : 0.0);
     stats[3] = static_cast<A>(any ? total.at[kNegLogRatio] / n : 0.0);
-    stats[4] = static_cast<A>(any ? total.at[kRatio] / n : 0.0);
+    stats[4] = static_cast<A>(mean);
     stats[5] = static_cast<A>(any ? total.at[kRatioMin] : 0.0);
     stats[6] = static_cast<A>(any ? total.at[kRatioMax] : 0.0);
-    stats[7] = static_cast<A>(spread > 0 ? spread / n : 0.0);
+    stats[7] = static_cast<A>(beyond_rounding(variance, variance + mean * mean));
     stats[8] = static_cast<A>(n);
   }
 };
@@ -476,7 +476,8 @@ struct ValueTerms {
     const bool any = n != 0;
     const double scale = any ? 1.0 / n : 0.0;
     const double mean_return = total.at[kReturn] * scale, mean_residual = total.at[kResidual] * scale;
-    const double return_variance = variance_or_zero(total.at[kReturnSquare] * scale, mean_return);
+    const double return_square = total.at[kReturnSquare] * scale;
+    const double return_variance = beyond_rounding(return_square - mean_return * mean_return, return_square);
     const double residual_variance = total.at[kError] * scale - mean_residual * mean_residual;
     stats[0] = static_cast<A>(total.at[kClipped] * scale);
     stats[1] = static_cast<A>(total.at[kError] * scale);

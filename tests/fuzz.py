@@ -104,7 +104,9 @@ def assert_packed_is_padded(name: str, kwargs: dict, device: str) -> None:
     if offsets is None or (kwargs.get("bootstrap") is not None and kwargs.get("gaps") == "decay"):
         return
     lengths = offsets.diff().tolist()
-    tokens, width = sum(lengths), max(lengths, default=0) + 3
+    # seq-mean-token-sum-norm divides by the width of the padded form: that of the longest sequence.
+    wider = 0 if kwargs.get("aggregate") == "seq-mean-token-sum-norm" else 3
+    tokens, width = sum(lengths), max(lengths, default=0) + wider
     if tokens == len(lengths):  # tokens and sequences cannot be told apart by size
         return
     inside = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
@@ -120,6 +122,8 @@ def assert_packed_is_padded(name: str, kwargs: dict, device: str) -> None:
     mask = torch.ones(tokens, dtype=torch.bool) if mask is None else mask
     padded = change_rows({k: v for k, v in kwargs.items() if k != "cu_seqlens"}, tokens, pad)
     padded["mask"] = torch.zeros(inside.shape, dtype=mask.dtype).masked_scatter(inside, mask.contiguous())
+    if name == "masked_mean":
+        padded["dim"] = -1
     packed, unpacked = plain(name, Call((), kwargs), device), plain(name, Call((), padded), device)
 
     def tokens_of(t: Tensor) -> Tensor:

@@ -318,7 +318,7 @@ BAD = [
         (t(2, 3, 5), ints),
         {"kept": ints.unsqueeze(-1) - 1},
         ValueError,
-        "`kept` keeps no token at flat position 0 of `labels`: every id there is padding",
+        "`kept` must keep a token for each label, and at flat position 0 of `labels` it holds padding only",
     ),
     (
         "kl_penalty",
@@ -540,7 +540,7 @@ BAD = [
         (t(6), 4),
         {},
         ValueError,
-        "`rewards` holds 6 values, which is no multiple of `group_size`, 4",
+        "`rewards` must hold a multiple of `group_size`, 4, got 6 values",
     ),
     ("group_advantages", (t(6), 1), {}, ValueError, "`group_size` must be at least 2, got 1"),
     ("group_advantages", (t(6), True), {}, TypeError, "`group_size` must be an integer, got bool"),

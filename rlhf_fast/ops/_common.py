@@ -120,12 +120,22 @@ class Kernel:
 
 _functions: dict[str, type[torch.autograd.Function]] = {}
 _registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
+_public_names: dict[str, str] = {}
 
 
 def register(
-    name: str, fake: Callable, *, setup_context: Callable | None = None, backward: Callable | None = None
+    name: str,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    function: str | None = None,
 ) -> None:
-    """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable)."""
+    """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable).
+
+    `function` is the public function that errors speak of, where its name is not the op's.
+    """
+    _public_names[name] = function or name
     if backward is not None:
         backward = _first_derivative_only(name, backward)
         _functions[name] = _function(setup_context, backward)
@@ -217,7 +227,7 @@ def _on_one_device(library: str, name: str, fake: Callable) -> Callable:
             schema = getattr(getattr(torch.ops, library), name).default._schema.arguments
             names = [schema[i].name.removesuffix("_rows") for i in (other, places[0])]
             raise ValueError(
-                f"{name}: `{names[0]}` is on {args[other].device.type} and `{names[1]}` on {first.type}; "
+                f"{_public_names[name]}: `{names[0]}` is on {args[other].device.type} and `{names[1]}` on {first.type}; "
                 "they must be on one device"
             )
         return fake(*args)

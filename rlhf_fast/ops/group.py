@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops._common import Kernel, as_reals, choice, flag, number, register
+from rlhf_fast.ops._common import Kernel, as_reals, choice, flag, integer, number, register
 
 _forward = Kernel("group_advantages")
 _backward = Kernel("group_advantages_backward")
@@ -39,8 +39,7 @@ def group_advantages(
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
     op = "group_advantages"
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise TypeError(f"{op}: `group_size` must be an integer, got {type(group_size).__name__}")
+    group_size = integer(op, "group_size", group_size)
     code = choice(op, "scale", scale, SCALES)
     flag(op, "leave_one_out", leave_one_out)
     eps = number(op, "eps", eps, low=0.0)

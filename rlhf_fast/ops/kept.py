@@ -57,6 +57,6 @@ def _formula(ctx, grad_logprobs, grad_entropy, _):
     return (_backward(*gradients, logits, *rest, *ctx.options), *nothing[1:])
 
 
-register("kept_logprobs", _fake, setup_context=_setup_context, backward=_formula)
+register("kept_logprobs", _fake, setup_context=_setup_context, backward=_formula, function="gather_logprobs")
 register("kept_logprobs_backward", lambda grad_logprobs, grad_entropy, logits, *rest: logits.new_empty(logits.shape))
 register("kept_logprobs_backward_inplace", lambda *args: None)

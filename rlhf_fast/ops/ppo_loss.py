@@ -280,7 +280,8 @@ def ppo_value_loss_reference(
 
 
 def _context(ctx, inputs, output):
-    ctx.save_for_backward(inputs[4], *output[2:])  # cu_seqlens, the rows' weights, the slopes
+    # cu_seqlens, the rows' weights, the slopes; and the inputs, from which a second derivative is known to be asked for.
+    ctx.save_for_backward(inputs[4], *output[2:], *inputs[:3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else backward starts by filling zeros for each of those
 
@@ -293,7 +294,7 @@ def _policy_context(ctx, inputs, output):
 def _policy_formula(ctx, grad, *_):
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
-    cu_seqlens, row_weight, slope, advantage_slope = ctx.saved_tensors
+    cu_seqlens, row_weight, slope, advantage_slope, *_ = ctx.saved_tensors
     new, old, adv = ctx.needs_input_grad[:3]
     by_logprob = _backward(grad, slope, row_weight, cu_seqlens) if new or old else None
     by_old = (torch.zeros_like(by_logprob) if ctx.detached else -by_logprob) if old else None
@@ -306,7 +307,7 @@ def _policy_formula(ctx, grad, *_):
 def _value_formula(ctx, grad, *_):
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
-    cu_seqlens, row_weight, *slopes = ctx.saved_tensors
+    cu_seqlens, row_weight, *slopes = ctx.saved_tensors[:-3]
     needs = ctx.needs_input_grad[:3]
     gradients = (
         _backward(grad, s, row_weight, cu_seqlens) if need else None for s, need in zip(slopes, needs, strict=True)

@@ -180,7 +180,7 @@ def _pair_formula(ctx, grad, *_):
 
 
 def _dpo_context(ctx, inputs, output):
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(output[2], *inputs[:4])  # the inputs: from them a second derivative is known to be asked for
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -189,7 +189,7 @@ def _dpo_formula(ctx, grad, *_):
     if grad is None:
         return (None,) * 7
     needed = ctx.needs_input_grad[:4]
-    gradients = _dpo_backward(grad, *ctx.saved_tensors, *needed)
+    gradients = _dpo_backward(grad, ctx.saved_tensors[0], *needed)
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
 
 
