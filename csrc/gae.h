@@ -191,76 +191,103 @@ void for_gae_rows(const GaeCall& call, const F& f) {
 
 #else
 
-// The effect of a run of tokens on the state to their right.
+constexpr int kGaeThreads = 256;
+
+// The effect of a run of tokens on the state to their right. With one lambda for advantages and returns, the second of the
+// lambda maps would be the first.
+template <int kLambdas>
 struct GaeMap {
-  double value_by_value, value;                                // V' = value_by_value V + value
-  double advantage_by_advantage, advantage_by_value, advantage;  // A' = ...
-  double returns_by_returns, returns_by_value, returns;
+  struct Lambda {
+    double by_itself, by_value, plus;  // A' = by_itself A + by_value V + plus
+  };
+  double value_by_value, value;  // V' = value_by_value V + value
+  Lambda lambda[kLambdas];
 
-  HOST_DEVICE static GaeMap identity() { return {1, 0, 1, 0, 0, 1, 0, 0}; }
+  __device__ static GaeMap identity() {
+    GaeMap map{1, 0, {}};
+    UNROLL
+    for (int l = 0; l < kLambdas; ++l) map.lambda[l] = {1, 0, 0};
+    return map;
+  }
 
-  HOST_DEVICE static GaeMap token(double reward, double value, double m, const GaeOptions& o) {
+  __device__ static GaeMap token(double reward, double value, double m, const GaeOptions& o) {
     if (m == 0 && !o.decay) return identity();
     const double r = m == 0 ? 0.0 : m * reward, v = m == 0 ? 0.0 : m * value;
     const double keep = o.decay ? 0.0 : 1 - m, use = o.decay ? 1.0 : m;
-    return {keep, v, use * o.gamma * o.lam + keep, use * o.gamma, r - v, use * o.gamma * o.returns_lam + keep, use * o.gamma, r - v};
+    GaeMap map{keep, v, {}};
+    UNROLL
+    for (int l = 0; l < kLambdas; ++l)
+      map.lambda[l] = {use * o.gamma * (l == 0 ? o.lam : o.returns_lam) + keep, use * o.gamma, r - v};
+    return map;
   }
 
-  HOST_DEVICE GaeState operator()(const GaeState& s) const {
-    return {value_by_value * s.next_value + value,
-            advantage_by_advantage * s.advantage + advantage_by_value * s.next_value + advantage,
-            returns_by_returns * s.returns_advantage + returns_by_value * s.next_value + returns};
+  __device__ GaeState operator()(const GaeState& s) const {
+    auto apply = [&](const Lambda& by, double advantage) { return by.by_itself * advantage + by.by_value * s.next_value + by.plus; };
+    const double advantage = apply(lambda[0], s.advantage);
+    return {value_by_value * s.next_value + value, advantage,
+            kLambdas == 1 ? advantage : apply(lambda[kLambdas - 1], s.returns_advantage)};
   }
 };
 
 // left(right(state))
-HOST_DEVICE GaeMap compose(const GaeMap& left, const GaeMap& right) {
-  return {left.value_by_value * right.value_by_value,
-          left.value_by_value * right.value + left.value,
-          left.advantage_by_advantage * right.advantage_by_advantage,
-          left.advantage_by_advantage * right.advantage_by_value + left.advantage_by_value * right.value_by_value,
-          left.advantage_by_advantage * right.advantage + left.advantage_by_value * right.value + left.advantage,
-          left.returns_by_returns * right.returns_by_returns,
-          left.returns_by_returns * right.returns_by_value + left.returns_by_value * right.value_by_value,
-          left.returns_by_returns * right.returns + left.returns_by_value * right.value + left.returns};
+template <int kLambdas>
+__device__ GaeMap<kLambdas> compose(const GaeMap<kLambdas>& left, const GaeMap<kLambdas>& right) {
+  GaeMap<kLambdas> map{left.value_by_value * right.value_by_value, left.value_by_value * right.value + left.value, {}};
+  UNROLL
+  for (int i = 0; i < kLambdas; ++i) {
+    const auto &l = left.lambda[i], &r = right.lambda[i];
+    map.lambda[i] = {l.by_itself * r.by_itself, l.by_itself * r.by_value + l.by_value * right.value_by_value,
+                     l.by_itself * r.plus + l.by_value * right.value + l.plus};
+  }
+  return map;
+}
+
+// The weights of tokens [at, at + kCount), 0 from `end` on.
+template <int kCount>
+__device__ void read_weights(const Mask& mask, int64_t at, int64_t end, double (&m)[kCount]) {
+  auto each = [&](auto weight) {
+    UNROLL
+    for (int k = 0; k < kCount; ++k) m[k] = at + k < end ? weight(at + k) : 0.0;
+  };
+  if (mask.kind == Mask::kNone) each([](int64_t) { return 1.0; });
+  else if (mask.kind == Mask::kByte) each([&](int64_t i) { return mask.at<uint8_t>(i) != 0 ? 1.0 : 0.0; });
+  else each([&](int64_t i) { return mask[i]; });
 }
 
 // One block a row, in tiles from the right.
-template <int kThreads, class A>
-__global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, GaeRows rows, GaeOptions options) {
-  constexpr int kPack = Pack<A>::kSize, kTokens = 2 * kPack, kWarps = kThreads / kWarp;
+template <int kThreads, int kLambdas, class A>
+__global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * 2) gae_kernel(GaeArrays<A> a, GaeRows rows, GaeOptions options) {
+  constexpr int kTokens = 2 * kPack<A>, kWarps = kThreads / kWarp;
   constexpr int64_t kTile = int64_t(kThreads) * kTokens;
-  __shared__ GaeMap warp_maps[kWarps];
+  using Map = GaeMap<kLambdas>;
+  __shared__ Map warp_maps[kWarps];
   __shared__ GaeState carried;
   const int64_t row = blockIdx.x, begin = rows.begin(row), length = rows.end(row) - begin;
-  const GaeOptions o = options.of_row(row);
+  GaeOptions o = options.of_row(row);
+  if constexpr (kLambdas == 1) o.returns_lam = o.lam;  // said again where the compiler sees it: it halves the steps
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const A *rewards = a.rewards + begin, *values = a.values + begin;
-  A *advantages = a.advantages + begin, *returns = a.returns + begin;
-  const bool aligned = is_aligned16(rewards) && is_aligned16(values) && is_aligned16(advantages) && is_aligned16(returns);
+  const RowReader<A> rewards(a.rewards + begin, length), values(a.values + begin, length);
   if (threadIdx.x == 0) carried = a.start(row);
   for (int64_t tile = length > 0 ? (length - 1) / kTile : -1; tile >= 0; --tile) {
     const int64_t first = tile * kTile + int64_t(threadIdx.x) * kTokens;
-    Pack<A> r[2], v[2];
+    Granule r[2], v[2];
+    rewards.load(static_cast<int>(first / kPack<A>), 1, A(0), r);
+    values.load(static_cast<int>(first / kPack<A>), 1, A(0), v);
+    auto reward = [&](int k) -> double { return element<A>(r[k / kPack<A>], k % kPack<A>); };
+    auto value = [&](int k) -> double { return element<A>(v[k / kPack<A>], k % kPack<A>); };
     double m[kTokens];
+    read_weights(a.mask, begin + first, begin + length, m);
+    Map map = Map::identity();
     UNROLL
-    for (int p = 0; p < 2; ++p) {
-      r[p] = load_pack(rewards, first + p * kPack, length, aligned, A(0));
-      v[p] = load_pack(values, first + p * kPack, length, aligned, A(0));
-    }
-    GaeMap map = GaeMap::identity();
-    UNROLL
-    for (int k = kTokens - 1; k >= 0; --k) {
-      m[k] = first + k < length ? a.mask[begin + first + k] : 0.0;
-      if (first + k < length) map = compose(GaeMap::token(r[k / kPack].at[k % kPack], v[k / kPack].at[k % kPack], m[k], o), map);
-    }
+    for (int k = kTokens - 1; k >= 0; --k)
+      if (first + k < length) map = compose(Map::token(reward(k), value(k), m[k], o), map);
     UNROLL
     for (int delta = 1; delta < kWarp; delta *= 2) {  // map becomes that of this thread and all to its right in the warp
-      const GaeMap right = shuffle_down(map, delta);
+      const Map right = shuffle_down(map, delta);
       if (lane + delta < kWarp) map = compose(map, right);
     }
-    GaeMap to_the_right = shuffle_down(map, 1);
-    if (lane == kWarp - 1) to_the_right = GaeMap::identity();
+    Map to_the_right = shuffle_down(map, 1);
+    if (lane == kWarp - 1) to_the_right = Map::identity();
     if (lane == 0) warp_maps[warp] = map;
     __syncthreads();
     GaeState state = carried;
@@ -269,19 +296,15 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, GaeRows r
     state = to_the_right(state);
     __syncthreads();  // everyone has read `carried` and the maps
     if (threadIdx.x == 0) carried = before_warp;
-    Pack<A> advantage[2], value_return[2];
+    A advantages[kTokens], returns[kTokens];
     UNROLL
     for (int k = kTokens - 1; k >= 0; --k) {
-      const double value = v[k / kPack].at[k % kPack];
-      if (first + k < length) state = gae_step(state, r[k / kPack].at[k % kPack], value, m[k], o);
-      advantage[k / kPack].at[k % kPack] = a.advantage_of(state, m[k]);
-      value_return[k / kPack].at[k % kPack] = a.return_of(state, value, m[k]);
+      if (first + k < length) state = gae_step(state, reward(k), value(k), m[k], o);
+      advantages[k] = a.advantage_of(state, m[k]);
+      returns[k] = a.return_of(state, value(k), m[k]);
     }
-    UNROLL
-    for (int p = 0; p < 2; ++p) {
-      store_pack(advantages, first + p * kPack, length, aligned, advantage[p]);
-      store_pack(returns, first + p * kPack, length, aligned, value_return[p]);
-    }
+    store_run(a.advantages + begin, length, first, advantages);
+    store_run(a.returns + begin, length, first, returns);
     __syncthreads();  // `carried` is written before the next tile reads it
   }
 }
@@ -315,8 +338,14 @@ inline std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTen
     });
 #else
     const int64_t mean_length = call.rows.rows > 0 ? call.rows.tokens / call.rows.rows : 0;
-    if (mean_length <= 256) launch(call.rewards, gae_kernel<kWarp, A>, call.rows.rows, kWarp, arrays, call.rows, call.options);
-    else launch(call.rewards, gae_kernel<256, A>, call.rows.rows, 256, arrays, call.rows, call.options);
+    const GaeOptions& o = call.options;
+    auto run = [&](auto lambdas) {
+      constexpr int kLambdas = decltype(lambdas)::value;
+      if (mean_length <= 256) launch(call.rewards, gae_kernel<kWarp, kLambdas, A>, call.rows.rows, kWarp, arrays, call.rows, o);
+      else launch(call.rewards, gae_kernel<kGaeThreads, kLambdas, A>, call.rows.rows, kGaeThreads, arrays, call.rows, o);
+    };
+    const bool one_lambda = o.lam_rows == o.returns_lam_rows && (o.lam_rows || o.lam == o.returns_lam);
+    one_lambda ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
 #endif
   });
   return {advantages, returns};

@@ -422,52 +422,79 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
 // ---------------------------------------------------------------------------------------------------------------------
 #else
 
-template <class A>
-struct ThreadSums {  // one thread's share of a row
-  A max = -std::numeric_limits<A>::infinity(), sum = 0, dot = 0;
+// The largest of some packs, as the type of the arithmetic. A NaN is passed over; it comes back in the sum.
+template <class T, int kCount>
+__device__ accumulate_t<T> largest(const Granule (&packs)[kCount]) {
+  using A = accumulate_t<T>;
+  A top = -std::numeric_limits<A>::infinity();
+  if constexpr (sizeof(T) == 2) {
+    Granule pair{};  // two values in one register: half the instructions
+    pair.word[0] = packs[0].word[0];
+    UNROLL
+    for (int w = 1; w < kCount * 4; ++w) pair.word[0] = larger_halves<T>(pair.word[0], packs[w / 4].word[w % 4]);
+    UNROLL
+    for (int i = 0; i < 2; ++i) top = element<T>(pair, i) > top ? element<T>(pair, i) : top;
+  } else {
+    UNROLL
+    for (int i = 0; i < kCount * kPack<T>; ++i) {
+      const A value = element<T>(packs[i / kPack<T>], i % kPack<T>);
+      top = value > top ? value : top;
+    }
+  }
+  return top;
+}
 
-  template <bool kCapped, bool kEntropy, int kCount>
-  __device__ void add(const A (&values)[kCount], const LogitMap<A>& map) {
-    A top = values[0];
-    bool nan = values[0] != values[0];
+// One thread's share of a row. `scale` is the slope with log2 e in it, so that the exponential is one ex2; `dot` is in the
+// units of the maximum, x without a cap. The maximum starts finite: nothing summed yet needs no case of its own.
+template <class A>
+struct ThreadSums {
+  A max = std::numeric_limits<A>::lowest(), sum = 0, dot = 0;
+
+  __device__ void rescale(A to, A scale) {
+    const A delta = max - to, factor = exp2_nonpositive(delta * scale);
+    dot = factor > 0 ? factor * (dot + delta * sum) : A(0);
+    sum *= factor;
+    max = to;
+  }
+
+  // inside(u): how many elements of pack u belong to the row. The fill beyond them is -inf, which a cap would make a logit.
+  template <class T, bool kCapped, bool kEntropy, int kCount, class Inside>
+  __device__ void add(const Granule (&packs)[kCount], const LogitMap<A>& map, A scale, const Inside& inside) {
+    const A top = capped<kCapped>(largest<T>(packs), map);
+    rescale(top > max ? top : max, scale);
+    A group_sum = 0, group_dot = 0;
     UNROLL
-    for (int i = 1; i < kCount; ++i) {
-      top = values[i] > top ? values[i] : top;
-      nan = nan || values[i] != values[i];
-    }
-    if (nan) sum = std::numeric_limits<A>::quiet_NaN();
-    if (top > max) {
-      if (sum != 0 && max > -std::numeric_limits<A>::infinity()) {
-        const A delta = below_max<kCapped>(max, top, map);
-        const A factor = exp_nonpositive(delta);
-        dot = factor > 0 ? factor * (dot + delta * sum) : A(0);
-        sum *= factor;
+    for (int u = 0; u < kCount; ++u) {
+      const int left = kCapped ? inside(u) : kPack<T>;
+      UNROLL
+      for (int i = 0; i < kPack<T>; ++i) {
+        A value = capped<kCapped>(element<T>(packs[u], i), map);
+        if constexpr (kCapped) value = i < left ? value : -std::numeric_limits<A>::infinity();
+        const A delta = value - max, e = exp2_nonpositive(delta * scale);
+        group_sum += e;
+        if constexpr (kEntropy) group_dot += e > 0 ? delta * e : A(0);  // 0 beside -inf
       }
-      max = top;
     }
-    if (!(max > -std::numeric_limits<A>::infinity())) return;
-    UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      const A below = below_max<kCapped>(values[i], max, map);
-      const A e = exp_nonpositive(below);
-      sum += e;
-      if constexpr (kEntropy) dot += e > 0 ? below * e : A(0);
-    }
+    sum += group_sum;
+    dot += group_dot;
   }
 };
 
-struct MergedSums {  // SoftmaxSums with the slope beside it, so that block_merge can carry it
-  SoftmaxSums sums;
-  double slope;
+struct RowTotals {
+  double sum, dot;
 };
-HOST_DEVICE void merge(MergedSums& into, const MergedSums& other) { merge(into.sums, other.sums, into.slope); }
+HOST_DEVICE void merge(RowTotals& into, const RowTotals& other) {
+  into.sum += other.sum;
+  into.dot += other.dot;
+}
 
 constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
 constexpr int64_t kWarpRowVocab = 2048;  // rows up to here are read by one warp
+constexpr int kRowThreads = 512;
 
-// One row by kThreads threads: a warp (several rows a block) or a whole block. kUnroll packs are in flight a thread.
+// One row by kThreads threads: a warp (several rows a block) or a whole block.
 template <int kThreads, bool kCapped, bool kEntropy, class T>
-__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads)
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, (sizeof(T) == 8 ? 1 : 2) * (kThreads == kWarp ? 3 : 1))
     gather_logprobs_kernel(const T* logits,                   // rows of V, as `rows` says
                            const void* labels, bool long_labels,  // [rows]
                            LogitRows rows, LogprobOptions options,
@@ -475,7 +502,7 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
                            accumulate_t<T>* entropy,           // [rows] or null
                            RowStats<accumulate_t<T>>* stats) {  // [rows]
   using A = accumulate_t<T>;
-  constexpr int kUnroll = 4, kPack = Pack<T>::kSize;
+  constexpr int kUnroll = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs in flight a thread
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x);
   if (row >= rows.rows) return;  // whole warps leave together, and only where no block barrier follows
   const int lane = threadIdx.x % kThreads;
@@ -487,30 +514,20 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
 
   RowStats<A> row_stats{};
   if (!ignored && weight != 0) {
-    const bool aligned = is_aligned16(x);
+    const A slope = kCapped ? A(1) : map.slope, scale = slope * static_cast<A>(kLog2E);
     const T fill = static_cast<T>(-std::numeric_limits<float>::infinity());
+    const RowReader<T> reader(x, rows.vocab);
+    const int packs_in_row = static_cast<int>((rows.vocab + kPack<T> - 1) / kPack<T>);
     ThreadSums<A> mine;
-    for (int64_t first = int64_t(lane) * kPack; first < rows.vocab; first += int64_t(kThreads) * kPack * kUnroll) {
-      Pack<T> packs[kUnroll];
-      UNROLL
-      for (int u = 0; u < kUnroll; ++u) packs[u] = load_pack(x, first + int64_t(u) * kThreads * kPack, rows.vocab, aligned, fill);
-      UNROLL
-      for (int u = 0; u < kUnroll; ++u) {
-        if (first + int64_t(u) * kThreads * kPack >= rows.vocab) break;
-        A values[kPack];
-        // The fill stays -inf through a cap: tanh would turn it into a logit.
-        UNROLL
-        for (int i = 0; i < kPack; ++i) {
-          const bool inside = first + int64_t(u) * kThreads * kPack + i < rows.vocab;
-          values[i] = inside ? capped<kCapped>(static_cast<A>(packs[u].at[i]), map) : -std::numeric_limits<A>::infinity();
-        }
-        mine.template add<kCapped, kEntropy>(values, map);
-      }
+    for (int pack = lane; pack < packs_in_row; pack += kThreads * kUnroll) {
+      Granule packs[kUnroll];
+      reader.load(pack, kThreads, fill, packs);
+      mine.template add<T, kCapped, kEntropy>(packs, map, scale, [&](int u) { return reader.inside(pack + u * kThreads); });
     }
-    MergedSums state{{static_cast<double>(mine.max), static_cast<double>(mine.sum), static_cast<double>(mine.dot)},
-                     kCapped ? 1.0 : static_cast<double>(map.slope)};
-    state = block_merge<kThreads>(state);
-    row_stats = finish_row<A>(state.sums);
+    const A max = block_max<kThreads>(mine.max);
+    mine.rescale(max, scale);
+    const RowTotals total = block_merge<kThreads>(RowTotals{static_cast<double>(mine.sum), static_cast<double>(mine.dot) * slope});
+    row_stats = finish_row<A>({total.sum == 0 ? kMinusInfinity : static_cast<double>(max), total.sum, total.dot});
   }
   if (lane != 0) return;
   stats[row] = row_stats;
@@ -518,17 +535,19 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
 }
 
 constexpr int kGradientThreads = 256;
-constexpr int kGradientUnroll = 4;
+template <class T> constexpr int kGradientUnroll = sizeof(T) == 8 ? 2 : 4;
 
+// A row is cut into `pieces` blocks. Its packs are counted from the first 16-byte boundary of the target, so that they are
+// stored whole wherever the row lies; what stands before and after them is written element by element by the first piece.
 template <bool kCapped, class T>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kGradientThreads, sizeof(T) == 8 ? 2 : 4)
     gather_logprobs_backward_kernel(const T* logits, T* target, const void* labels, bool long_labels, LogitRows rows, LogitRows target_rows,
                                     LogprobOptions options, const accumulate_t<T>* grad_logprobs, const accumulate_t<T>* grad_entropy,
-                                    const RowStats<accumulate_t<T>>* stats, int64_t pieces) {  // a row is cut into `pieces` blocks
+                                    const RowStats<accumulate_t<T>>* stats, int pieces) {
   using A = accumulate_t<T>;
-  constexpr int kPack = Pack<T>::kSize;
+  constexpr int kUnroll = kGradientUnroll<T>;
   const int64_t row = blockIdx.x / pieces;
-  const int64_t begin = (blockIdx.x % pieces) * int64_t(kGradientThreads) * kPack * kGradientUnroll;
+  const int piece = blockIdx.x % pieces;
   const int64_t label = LogprobCall::label(labels, long_labels, row);
   const double weight = options.mask[row];
   // A label outside the vocabulary has no gradient: say so in its row rather than give half of one.
@@ -540,28 +559,38 @@ __global__ void __launch_bounds__(kGradientThreads)
   const RowStats<A> row_stats = stats[row];
   const T* x = logits + rows.offset(row);
   T* dx = target + target_rows.offset(row);
-  const bool aligned_in = is_aligned16(x), aligned_out = is_aligned16(dx);
-  Pack<T> packs[kGradientUnroll];
-  UNROLL
-  for (int u = 0; u < kGradientUnroll; ++u) {
-    const int64_t first = begin + (int64_t(u) * kGradientThreads + threadIdx.x) * kPack;
-    if (!zero && first < rows.vocab) packs[u] = load_pack(x, first, rows.vocab, aligned_in, static_cast<T>(0.0f));
+  auto gradient = [&](A logit, bool is_label) {
+    const A value = capped<kCapped>(logit, map);
+    return narrow<T>(logit_gradient(below_max<kCapped>(value, row_stats.max, map), row_stats, a, b, is_label) *
+                     map_slope<kCapped>(value, map));
+  };
+
+  const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(dx) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
+  const int64_t head = to_boundary < rows.vocab ? to_boundary : rows.vocab;
+  const int packs_in_row = static_cast<int>((rows.vocab - head) / kPack<T>);
+  const int64_t tail = head + int64_t(packs_in_row) * kPack<T>;
+  const int64_t edge = threadIdx.x < head ? threadIdx.x : tail + threadIdx.x - head;  // fewer than there are threads
+  if (piece == 0 && edge < rows.vocab) dx[edge] = zero ? static_cast<T>(0.0f) : gradient(static_cast<A>(x[edge]), edge == label);
+
+  const int pack = piece * kGradientThreads * kUnroll + static_cast<int>(threadIdx.x);
+  if (pack >= packs_in_row) return;
+  Granule packs[kUnroll];
+  if (!zero) {
+    const RowReader<T> reader(x, tail, head);
+    reader.load(pack, kGradientThreads, static_cast<T>(0.0f), packs);
   }
   UNROLL
-  for (int u = 0; u < kGradientUnroll; ++u) {
-    const int64_t first = begin + (int64_t(u) * kGradientThreads + threadIdx.x) * kPack;
-    if (first >= rows.vocab) return;
-    Pack<T> gradient;
-    UNROLL
-    for (int i = 0; i < kPack; ++i) {
-      A g = 0;
-      if (!zero) {
-        const A value = capped<kCapped>(static_cast<A>(packs[u].at[i]), map);
-        g = logit_gradient(below_max<kCapped>(value, row_stats.max, map), row_stats, a, b, first + i == label) * map_slope<kCapped>(value, map);
-      }
-      gradient.at[i] = narrow<T>(g);
+  for (int u = 0; u < kUnroll; ++u) {
+    if (pack + u * kGradientThreads >= packs_in_row) return;
+    const int64_t first = head + (int64_t(pack) + u * kGradientThreads) * kPack<T>;
+    Granule out{};
+    if (!zero) {
+      T g[kPack<T>];
+      UNROLL
+      for (int i = 0; i < kPack<T>; ++i) g[i] = gradient(element<T>(packs[u], i), first + i == label);
+      out = granule_of(g);
     }
-    store_pack(dx, first, rows.vocab, aligned_out, gradient);
+    stream_store(dx + first, out);
   }
 }
 
@@ -586,7 +615,7 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
       if (call.rows.vocab <= kWarpRowVocab)
         start(gather_logprobs_kernel<kWarp, kCapped, kEntropy, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
       else
-        start(gather_logprobs_kernel<512, kCapped, kEntropy, T>, call.rows.rows, 512);
+        start(gather_logprobs_kernel<kRowThreads, kCapped, kEntropy, T>, call.rows.rows, kRowThreads);
     };
     if (softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
     else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
@@ -604,7 +633,7 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
   for_logits(logits.scalar_type(), op, "logits", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
-    const int64_t pieces = ceil_div(call.rows.vocab, int64_t(kGradientThreads) * Pack<T>::kSize * kGradientUnroll);
+    const int pieces = static_cast<int>(ceil_div(call.rows.vocab, int64_t(kGradientThreads) * kPack<T> * kGradientUnroll<T>));
     auto start = [&](auto kernel) {
       launch(logits, kernel, call.rows.rows * pieces, kGradientThreads, in<T>(call.logits), out<T>(target), call.labels.const_data_ptr(),
              call.long_labels, call.rows, target_rows, call.options, up.logprobs ? in<A>(*up.logprobs) : nullptr,

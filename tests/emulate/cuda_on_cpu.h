@@ -2,8 +2,8 @@
 // threads of a block switched at its barriers. A block is run in one of three orders between barriers, forward, reverse or
 // shuffled (CUDA_ON_CPU_ORDER), so that a missing barrier gives a wrong result in at least one of them.
 //
-// It has what the kernels use: threadIdx, blockIdx, __shared__ (function-local), __syncthreads, __shfl_down_sync over full
-// warps. It cannot see races between blocks, the memory model, register or shared-memory limits, or speed.
+// It has what the kernels use: threadIdx, blockIdx, __shared__ (function-local), __syncthreads, __shfl_down_sync and
+// __shfl_xor_sync over full warps. It cannot see races between blocks, the memory model, register or shared-memory limits, or speed.
 #pragma once
 
 #include <ucontext.h>
@@ -164,4 +164,9 @@ template <class T>
 T __shfl_down_sync(unsigned, T value, int delta) {
   const unsigned lane = cuda_on_cpu::current % cuda_on_cpu::kWarpSize, from = lane + delta;
   return cuda_on_cpu::shuffle(value, from < cuda_on_cpu::kWarpSize ? cuda_on_cpu::current + delta : cuda_on_cpu::current);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_on_cpu::shuffle(value, cuda_on_cpu::current ^ static_cast<unsigned>(mask));
 }
