@@ -490,11 +490,14 @@ HOST_DEVICE void merge(RowTotals& into, const RowTotals& other) {
 
 constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
 constexpr int64_t kWarpRowVocab = 2048;  // rows up to here are read by one warp
-constexpr int kRowThreads = 512;
+constexpr int kRowThreads = 256;
+// Blocks a multiprocessor holds at least: 64 registers a thread, 80 in the one-warp form, 128 for double.
+template <int kThreads, class T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : kThreads == kWarp ? 6 : 4;
+constexpr int kPiecePacks = 16 * kRowThreads;  // of the backward, at most: enough work to pay for a block's start
 
 // One row by kThreads threads: a warp (several rows a block) or a whole block.
 template <int kThreads, bool kCapped, bool kEntropy, class T>
-__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, (sizeof(T) == 8 ? 1 : 2) * (kThreads == kWarp ? 3 : 1))
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, T>)
     gather_logprobs_kernel(const T* logits,                   // rows of V, as `rows` says
                            const void* labels, bool long_labels,  // [rows]
                            LogitRows rows, LogprobOptions options,
@@ -534,20 +537,19 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   write_row<kCapped>(x, row_stats, map, label, rows.vocab, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
 }
 
-constexpr int kGradientThreads = 256;
-template <class T> constexpr int kGradientUnroll = sizeof(T) == 8 ? 2 : 4;
-
-// A row is cut into `pieces` blocks. Its packs are counted from the first 16-byte boundary of the target, so that they are
-// stored whole wherever the row lies; what stands before and after them is written element by element by the first piece.
-template <bool kCapped, class T>
-__global__ void __launch_bounds__(kGradientThreads, sizeof(T) == 8 ? 2 : 4)
+// A row by a warp, or cut into `pieces` blocks of `piece_packs` packs. Packs are counted from the first 16-byte boundary of the
+// target, so that they are stored whole wherever the row lies; what stands before and after them is written element by
+// element by the first piece.
+template <int kThreads, bool kCapped, class T>
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, T>)
     gather_logprobs_backward_kernel(const T* logits, T* target, const void* labels, bool long_labels, LogitRows rows, LogitRows target_rows,
                                     LogprobOptions options, const accumulate_t<T>* grad_logprobs, const accumulate_t<T>* grad_entropy,
-                                    const RowStats<accumulate_t<T>>* stats, int pieces) {
+                                    const RowStats<accumulate_t<T>>* stats, int pieces, int piece_packs) {
   using A = accumulate_t<T>;
-  constexpr int kUnroll = kGradientUnroll<T>;
-  const int64_t row = blockIdx.x / pieces;
-  const int piece = blockIdx.x % pieces;
+  constexpr int kUnroll = sizeof(T) == 8 ? 2 : 4;
+  const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x / pieces);
+  if (row >= rows.rows) return;
+  const int piece = kThreads == kWarp ? 0 : blockIdx.x % pieces, lane = threadIdx.x % kThreads;
   const int64_t label = LogprobCall::label(labels, long_labels, row);
   const double weight = options.mask[row];
   // A label outside the vocabulary has no gradient: say so in its row rather than give half of one.
@@ -555,42 +557,46 @@ __global__ void __launch_bounds__(kGradientThreads, sizeof(T) == 8 ? 2 : 4)
                                                : std::numeric_limits<A>::quiet_NaN();
   const A b = static_cast<A>(weight * UpstreamGradients::read(grad_entropy, row));
   const bool zero = label == options.ignore_index || weight == 0 || (a == 0 && b == 0);
+  T* dx = target + target_rows.offset(row);
+  const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(dx) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
+  const int64_t head = to_boundary < rows.vocab ? to_boundary : rows.vocab;
+  const int packs_in_row = static_cast<int>((rows.vocab - head) / kPack<T>);
+  const int64_t tail = head + int64_t(packs_in_row) * kPack<T>;
+  const int64_t edge = lane < head ? lane : tail + lane - head;  // elements before and after the packs, fewer than there are lanes
+  const bool has_edge = piece == 0 && edge < rows.vocab;
+  const int piece_end = (piece + 1) * piece_packs, end = piece_end < packs_in_row ? piece_end : packs_in_row;
+  int pack = piece * piece_packs + lane;
+  if (zero) {
+    if (has_edge) dx[edge] = static_cast<T>(0.0f);
+    for (; pack < end; pack += kThreads) stream_store(dx + head + int64_t(pack) * kPack<T>, Granule{});
+    return;
+  }
+
   const LogitMap<A> map = options.map<A>(row);
   const RowStats<A> row_stats = stats[row];
   const T* x = logits + rows.offset(row);
-  T* dx = target + target_rows.offset(row);
   auto gradient = [&](A logit, bool is_label) {
     const A value = capped<kCapped>(logit, map);
     return narrow<T>(logit_gradient(below_max<kCapped>(value, row_stats.max, map), row_stats, a, b, is_label) *
                      map_slope<kCapped>(value, map));
   };
-
-  const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(dx) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
-  const int64_t head = to_boundary < rows.vocab ? to_boundary : rows.vocab;
-  const int packs_in_row = static_cast<int>((rows.vocab - head) / kPack<T>);
-  const int64_t tail = head + int64_t(packs_in_row) * kPack<T>;
-  const int64_t edge = threadIdx.x < head ? threadIdx.x : tail + threadIdx.x - head;  // fewer than there are threads
-  if (piece == 0 && edge < rows.vocab) dx[edge] = zero ? static_cast<T>(0.0f) : gradient(static_cast<A>(x[edge]), edge == label);
-
-  const int pack = piece * kGradientThreads * kUnroll + static_cast<int>(threadIdx.x);
-  if (pack >= packs_in_row) return;
-  Granule packs[kUnroll];
-  if (!zero) {
-    const RowReader<T> reader(x, tail, head);
-    reader.load(pack, kGradientThreads, static_cast<T>(0.0f), packs);
-  }
-  UNROLL
-  for (int u = 0; u < kUnroll; ++u) {
-    if (pack + u * kGradientThreads >= packs_in_row) return;
-    const int64_t first = head + (int64_t(pack) + u * kGradientThreads) * kPack<T>;
-    Granule out{};
-    if (!zero) {
+  if (has_edge) dx[edge] = gradient(static_cast<A>(x[edge]), edge == label);
+  const RowReader<T> reader(x, tail, head);
+  for (; pack < end; pack += kThreads * kUnroll) {
+    Granule packs[kUnroll];
+    reader.load(pack, kThreads, static_cast<T>(0.0f), packs);
+    UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      if (pack + u * kThreads >= end) break;
+      T* at = dx + head + (int64_t(pack) + u * kThreads) * kPack<T>;
+      const bool has_label = static_cast<uint64_t>(dx + label - at) < kPack<T>;
+      const A at_label = has_label ? static_cast<A>(x[label]) : A(0);  // before an in-place write
       T g[kPack<T>];
       UNROLL
-      for (int i = 0; i < kPack<T>; ++i) g[i] = gradient(element<T>(packs[u], i), first + i == label);
-      out = granule_of(g);
+      for (int i = 0; i < kPack<T>; ++i) g[i] = gradient(element<T>(packs[u], i), false);
+      stream_store(at, granule_of(g));
+      if (has_label) dx[label] = gradient(at_label, true);  // by the thread that has stored the pack: one place to pay for it
     }
-    stream_store(dx + first, out);
   }
 }
 
@@ -633,13 +639,23 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
   for_logits(logits.scalar_type(), op, "logits", [&](auto zero) {
     using T = decltype(zero);
     using A = accumulate_t<T>;
-    const int pieces = static_cast<int>(ceil_div(call.rows.vocab, int64_t(kGradientThreads) * kPack<T> * kGradientUnroll<T>));
-    auto start = [&](auto kernel) {
-      launch(logits, kernel, call.rows.rows * pieces, kGradientThreads, in<T>(call.logits), out<T>(target), call.labels.const_data_ptr(),
-             call.long_labels, call.rows, target_rows, call.options, up.logprobs ? in<A>(*up.logprobs) : nullptr,
-             up.entropy ? in<A>(*up.entropy) : nullptr, reinterpret_cast<const RowStats<A>*>(in<A>(stats)), pieces);
+    auto start = [&](auto kernel, int64_t blocks, int threads, int pieces, int piece_packs) {
+      launch(logits, kernel, blocks, threads, in<T>(call.logits), out<T>(target), call.labels.const_data_ptr(), call.long_labels, call.rows,
+             target_rows, call.options, up.logprobs ? in<A>(*up.logprobs) : nullptr, up.entropy ? in<A>(*up.entropy) : nullptr,
+             reinterpret_cast<const RowStats<A>*>(in<A>(stats)), pieces, piece_packs);
     };
-    call.options.softcap != 0 ? start(gather_logprobs_backward_kernel<true, T>) : start(gather_logprobs_backward_kernel<false, T>);
+    auto run = [&](auto is_capped) {
+      constexpr bool kCapped = decltype(is_capped)::value;
+      const int packs = static_cast<int>(ceil_div(call.rows.vocab, kPack<T>));
+      if (call.rows.vocab <= kWarpRowVocab) {
+        start(gather_logprobs_backward_kernel<kWarp, kCapped, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock, 1, packs);
+      } else {
+        const int pieces = static_cast<int>(ceil_div(packs, kPiecePacks));
+        const int even = static_cast<int>(ceil_div(ceil_div(packs, pieces), kRowThreads)) * kRowThreads;
+        start(gather_logprobs_backward_kernel<kRowThreads, kCapped, T>, call.rows.rows * pieces, kRowThreads, pieces, even);
+      }
+    };
+    call.options.softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
   });
   return target;
 }

@@ -252,13 +252,9 @@ struct RowReader {
     for (int u = 0; u < kCount; ++u)
       if (whole(u)) packs[u] = stream_load(at + u * step);
     if (shift != 0) {
-      Granule next[kCount];
       UNROLL
-      for (int u = 0; u < kCount; ++u)
-        if (whole(u)) next[u] = stream_load(at + u * step + sizeof(Granule));
-      UNROLL
-      for (int u = 0; u < kCount; ++u)
-        if (whole(u)) packs[u] = realign<T>(packs[u], next[u], shift);
+      for (int u = 0; u < kCount; ++u)  // one after the other: they are near, and registers are few
+        if (whole(u)) packs[u] = realign<T>(packs[u], stream_load(at + u * step + sizeof(Granule)), shift);
     }
     if (whole(0) && whole(kCount - 1)) return;
     ROLL
