@@ -201,7 +201,7 @@ struct GaeMap {
     double by_itself, by_value, plus;  // A' = by_itself A + by_value V + plus
   };
   double value_by_value, value;  // V' = value_by_value V + value
-  Lambda lambda[kLambdas];
+  Lambda lambda[kLambdas];     // of the advantages, of the returns
 
   __device__ static GaeMap identity() {
     GaeMap map{1, 0, {}};
@@ -210,15 +210,28 @@ struct GaeMap {
     return map;
   }
 
-  __device__ static GaeMap token(double reward, double value, double m, const GaeOptions& o) {
-    if (m == 0 && !o.decay) return identity();
-    const double r = m == 0 ? 0.0 : m * reward, v = m == 0 ? 0.0 : m * value;
-    const double keep = o.decay ? 0.0 : 1 - m, use = o.decay ? 1.0 : m;
-    GaeMap map{keep, v, {}};
+  // The map of the token to the left and this one: gae_step, of a state that is still unknown.
+  __device__ GaeMap before(double reward, double value_, double m, const GaeOptions& o) const {
+    if (m == 0 && !o.decay) return *this;
+    const double r = !o.decay ? reward : m == 0 ? 0.0 : m * reward, v = !o.decay ? value_ : m == 0 ? 0.0 : m * value_;
+    const double delta = r + o.gamma * value - v;
+    GaeMap next{0, v, {}};
     UNROLL
-    for (int l = 0; l < kLambdas; ++l)
-      map.lambda[l] = {use * o.gamma * (l == 0 ? o.lam : o.returns_lam) + keep, use * o.gamma, r - v};
-    return map;
+    for (int l = 0; l < kLambdas; ++l) {
+      const double decay = o.gamma * (l == 0 ? o.lam : o.returns_lam);
+      next.lambda[l] = {decay * lambda[l].by_itself, decay * lambda[l].by_value + o.gamma * value_by_value, decay * lambda[l].plus + delta};
+    }
+    if (o.decay || m == 1) return next;
+    auto mix = [&](double& to, double from) { to = m * to + (1 - m) * from; };
+    mix(next.value_by_value, value_by_value);
+    mix(next.value, value);
+    UNROLL
+    for (int l = 0; l < kLambdas; ++l) {
+      mix(next.lambda[l].by_itself, lambda[l].by_itself);
+      mix(next.lambda[l].by_value, lambda[l].by_value);
+      mix(next.lambda[l].plus, lambda[l].plus);
+    }
+    return next;
   }
 
   __device__ GaeState operator()(const GaeState& s) const {
@@ -242,12 +255,12 @@ __device__ GaeMap<kLambdas> compose(const GaeMap<kLambdas>& left, const GaeMap<k
   return map;
 }
 
-// The weights of tokens [at, at + kCount), 0 from `end` on.
+// The weights of `left` tokens from `at` on, 0 after them.
 template <int kCount>
-__device__ void read_weights(const Mask& mask, int64_t at, int64_t end, double (&m)[kCount]) {
+__device__ void read_weights(const Mask& mask, int64_t at, int left, double (&m)[kCount]) {
   auto each = [&](auto weight) {
     UNROLL
-    for (int k = 0; k < kCount; ++k) m[k] = at + k < end ? weight(at + k) : 0.0;
+    for (int k = 0; k < kCount; ++k) m[k] = k < left ? weight(at + k) : 0.0;
   };
   if (mask.kind == Mask::kNone) each([](int64_t) { return 1.0; });
   else if (mask.kind == Mask::kByte) each([&](int64_t i) { return mask.at<uint8_t>(i) != 0 ? 1.0 : 0.0; });
@@ -261,26 +274,27 @@ __global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * 2) gae_kern
   constexpr int64_t kTile = int64_t(kThreads) * kTokens;
   using Map = GaeMap<kLambdas>;
   __shared__ Map warp_maps[kWarps];
-  __shared__ GaeState carried;
+  __shared__ GaeState right_of_warp[kWarps];
   const int64_t row = blockIdx.x, begin = rows.begin(row), length = rows.end(row) - begin;
   GaeOptions o = options.of_row(row);
-  if constexpr (kLambdas == 1) o.returns_lam = o.lam;  // said again where the compiler sees it: it halves the steps
+  if constexpr (kLambdas == 1) o.returns_lam = o.lam;  // said again where the compiler sees it
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const RowReader<A> rewards(a.rewards + begin, length), values(a.values + begin, length);
-  if (threadIdx.x == 0) carried = a.start(row);
+  GaeState carried = a.start(row);  // right of the tile; thread 0's is followed
   for (int64_t tile = length > 0 ? (length - 1) / kTile : -1; tile >= 0; --tile) {
     const int64_t first = tile * kTile + int64_t(threadIdx.x) * kTokens;
+    const int left = length - first < kTokens ? static_cast<int>(length - first) : kTokens;  // tokens of this thread, if positive
     Granule r[2], v[2];
     rewards.load(static_cast<int>(first / kPack<A>), 1, A(0), r);
     values.load(static_cast<int>(first / kPack<A>), 1, A(0), v);
     auto reward = [&](int k) -> double { return element<A>(r[k / kPack<A>], k % kPack<A>); };
     auto value = [&](int k) -> double { return element<A>(v[k / kPack<A>], k % kPack<A>); };
     double m[kTokens];
-    read_weights(a.mask, begin + first, begin + length, m);
+    read_weights(a.mask, begin + first, left, m);
     Map map = Map::identity();
     UNROLL
     for (int k = kTokens - 1; k >= 0; --k)
-      if (first + k < length) map = compose(Map::token(reward(k), value(k), m[k], o), map);
+      if (k < left) map = map.before(reward(k), value(k), m[k], o);
     UNROLL
     for (int delta = 1; delta < kWarp; delta *= 2) {  // map becomes that of this thread and all to its right in the warp
       const Map right = shuffle_down(map, delta);
@@ -290,28 +304,28 @@ __global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * 2) gae_kern
     if (lane == kWarp - 1) to_the_right = Map::identity();
     if (lane == 0) warp_maps[warp] = map;
     __syncthreads();
-    GaeState state = carried;
-    for (int w = kWarps - 1; w > warp; --w) state = warp_maps[w](state);
-    const GaeState before_warp = warp_maps[warp](state);
-    state = to_the_right(state);
-    __syncthreads();  // everyone has read `carried` and the maps
-    if (threadIdx.x == 0) carried = before_warp;
+    if (threadIdx.x == 0)
+      for (int w = kWarps - 1; w >= 0; --w) {
+        right_of_warp[w] = carried;
+        carried = warp_maps[w](carried);
+      }
+    __syncthreads();
+    GaeState state = to_the_right(right_of_warp[warp]);
     A advantages[kTokens], returns[kTokens];
     UNROLL
     for (int k = kTokens - 1; k >= 0; --k) {
-      if (first + k < length) state = gae_step(state, reward(k), value(k), m[k], o);
+      if (k < left) state = gae_step(state, reward(k), value(k), m[k], o);
       advantages[k] = a.advantage_of(state, m[k]);
       returns[k] = a.return_of(state, value(k), m[k]);
     }
     store_run(a.advantages + begin, length, first, advantages);
     store_run(a.returns + begin, length, first, returns);
-    __syncthreads();  // `carried` is written before the next tile reads it
   }
 }
 
 // One thread a row: gradients through GAE are asked for in tests of other code, hardly in training, where advantages are constants.
 template <class A>
-__global__ void __launch_bounds__(kLoopThreads) gae_backward_kernel(const A* grad_advantages, const A* grad_returns, Mask mask, A* grad_rewards,
+__global__ void __launch_bounds__(kLoopThreads, 2) gae_backward_kernel(const A* grad_advantages, const A* grad_returns, Mask mask, A* grad_rewards,
                                                                     A* grad_values, A* grad_bootstrap, GaeRows rows, GaeOptions options) {
   const int64_t row = blockIdx.x * int64_t(kLoopThreads) + threadIdx.x;
   if (row < rows.rows)

@@ -472,7 +472,8 @@ struct ThreadSums {
         if constexpr (kCapped) value = i < left ? value : -std::numeric_limits<A>::infinity();
         const A delta = value - max, e = exp2_nonpositive(delta * scale);
         group_sum += e;
-        if constexpr (kEntropy) group_dot += e > 0 ? delta * e : A(0);  // 0 beside -inf
+        if constexpr (kEntropy)
+          if (e > 0) group_dot += delta * e;  // never 0 * -inf
       }
     }
     sum += group_sum;

@@ -277,6 +277,7 @@ template <int kCount, class T>
 __device__ void store_run(T* row, int64_t n, int64_t at, const T (&x)[kCount]) {
   const uint32_t past = reinterpret_cast<uintptr_t>(row + at) % sizeof(Granule) / sizeof(T);  // the same for all
   const int head = past == 0 ? 0 : kPack<T> - static_cast<int>(past);                         // elements before a granule
+  const int left = n - at < 2 * kCount ? static_cast<int>(n - at) : 2 * kCount;               // elements to the row's end, or enough
   T run[kCount + kPack<T>] = {};
   UNROLL
   for (int i = 0; i < kCount; ++i) run[i] = x[i];
@@ -287,23 +288,23 @@ __device__ void store_run(T* row, int64_t n, int64_t at, const T (&x)[kCount]) {
     for (int by = kPack<T> / 2; by > 0; by /= 2)
       UNROLL
       for (int i = 0; i + by < kCount + kPack<T>; ++i) run[i] = head & by ? run[i + by] : run[i];
-    const bool left_lane_stores = threadIdx.x % kWarp != 0 && at + head <= n;
+    const bool left_lane_stores = threadIdx.x % kWarp != 0 && head <= left;
     UNROLL
     for (int i = 0; i < kPack<T>; ++i)
-      if (!left_lane_stores && i < head && at + i < n) row[at + i] = x[i];
+      if (!left_lane_stores && i < head && i < left) row[at + i] = x[i];
   }
+  const bool has_next = threadIdx.x % kWarp != kWarp - 1;
   UNROLL
   for (int first = 0; first < kCount; first += kPack<T>) {
-    const int64_t begin = at + head + first, end = at + kCount < n ? at + kCount : n;
-    const bool mine = head == 0 || first + kPack<T> < kCount || threadIdx.x % kWarp != kWarp - 1;
-    if (mine && begin + kPack<T> <= n) {
+    T* to = row + at + head + first;
+    if ((head == 0 || first + kPack<T> < kCount || has_next) && head + first + kPack<T> <= left) {
       Granule g;
       memcpy(&g, run + first, sizeof(g));
-      *reinterpret_cast<Granule*>(row + begin) = g;
+      *reinterpret_cast<Granule*>(to) = g;
     } else {
       UNROLL
       for (int i = 0; i < kPack<T>; ++i)
-        if (begin + i < end) row[begin + i] = run[first + i];
+        if (head + first + i < (left < kCount ? left : kCount)) to[i] = run[first + i];
     }
   }
 }
