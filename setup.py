@@ -62,9 +62,7 @@ def first_line(command, pattern):
 def gencode(architecture):
     number = architecture.removesuffix("+PTX").replace(".", "")
     if not re.fullmatch(r"\d+[af]?", number):
-        sys.exit(
-            f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; it takes compute capabilities such as 9.0 or 12.0+PTX"
-        )
+        sys.exit(f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; it takes compute capabilities such as 9.0 or 12.0+PTX")
     code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
     return f"-gencode=arch=compute_{number},code={code}"
 

@@ -10,9 +10,9 @@ kernel's name where a kernel
   - is one of WIDE and loads no 16 bytes at a time in its main loop,
   - is worse than bench/results/machine_code.json says: fewer blocks fit a multiprocessor, or fewer 16-byte loads in the loop.
 
-The main loop is found in the code: among the stretches between a backward branch and its target, the shortest of those with the
-most 16-byte loads on their hot path. The hot path is the way through the loop that does the most floating-point arithmetic and,
-of those, takes the fewest instructions: it leaves out what only row ends and unaligned rows run.
+The hot path of a loop is the way through it that does the most floating-point arithmetic and, of those, takes the fewest
+instructions: it leaves out what only row ends and unaligned rows run. The main loop is the one with the most 16-byte loads on
+its hot path.
 """
 
 import argparse
@@ -71,25 +71,63 @@ def count(code: list[Instruction], base: str, *, wide: bool) -> int:
     return sum(i.base == base and i.is_wide == wide for i in code)
 
 
-def hot_path(loop: list[Instruction]) -> list[Instruction]:
-    """From the first instruction of a loop to the branch that closes it, along forward edges."""
-    place = {i.address: n for n, i in enumerate(loop)}
-    best: list[tuple[int, int, int] | None] = [None] * len(loop)  # arithmetic, -instructions, next
-    best[-1] = (0, -1, len(loop))
-    for n in range(len(loop) - 2, -1, -1):
-        i = loop[n]
-        ways = []
-        if i.base not in ("BRA", "EXIT", "RET", "BRX") or i.conditional:
-            ways.append(n + 1)
-        if i.base == "BRA" and place.get(i.target, -1) > n:
-            ways.append(place[i.target])
-        ahead = [(best[w][0] + i.is_arithmetic, best[w][1] - 1, w) for w in ways if best[w]]
-        best[n] = max(ahead) if ahead else None
-    path, n = [], 0
-    while best[0] and n < len(loop):
-        path.append(loop[n])
-        n = best[n][2]
-    return path
+def hot_paths(code: list[Instruction]) -> list[list[Instruction]]:
+    """The hot path of every loop."""
+    place = {i.address: n for n, i in enumerate(code)}
+    goes_on = [i.conditional or i.base not in ("BRA", "EXIT", "RET", "BRX") for i in code]
+    jumps = [place.get(i.target) if i.base == "BRA" else None for i in code]
+    named = set(jumps)
+    # A jump table may lead to any stretch of code that nothing else leads to.
+    unnamed = [n for n in range(1, len(code)) if not goes_on[n - 1] and n not in named]
+    after: list[list[int]] = []  # the instructions that may come next
+    for n, i in enumerate(code):
+        ways = [n + 1] if goes_on[n] and n + 1 < len(code) else []
+        after.append(ways + ([jumps[n]] if jumps[n] is not None else unnamed if i.base == "BRX" else []))
+
+    # Depth first: an edge to an instruction that is still open closes a loop.
+    order, back = [], []
+    state, stack = [0] * len(code), [(0, iter(after[0]))]
+    while stack:
+        n, ways = stack[-1]
+        state[n] = 1
+        for w in ways:
+            if state[w] == 1:
+                back.append((n, w))
+            elif state[w] == 0:
+                stack.append((w, iter(after[w])))
+                break
+        else:
+            state[n] = 2
+            order.append(n)
+            stack.pop()
+    before: list[list[int]] = [[] for _ in code]
+    for n, ways in enumerate(after):
+        for w in ways if state[n] else ():
+            before[w].append(n)
+
+    paths = []
+    for head in {h for _, h in back}:
+        ends = {n for n, h in back if h == head}
+        body, todo = {head}, list(ends)
+        while todo:
+            if (n := todo.pop()) not in body:
+                body.add(n)
+                todo += before[n]
+        best: dict[int, tuple[int, int, int]] = {}  # arithmetic and -instructions to the loop's end, and the way there
+        for n in order:  # what comes after an instruction stands before it
+            if n not in body:
+                continue
+            ways = [w for w in after[n] if w in best and (n, w) not in back]
+            ahead = [(*best[w][:2], w) for w in ways] + ([(0, 0, -1)] if n in ends else [])
+            if ahead:
+                most = max(ahead)
+                best[n] = (most[0] + code[n].is_arithmetic, most[1] - 1, most[2])
+        path, n = [], head
+        while n >= 0 and head in best:
+            path.append(code[n])
+            n = best[n][2]
+        paths.append(path)
+    return paths
 
 
 @dataclass(frozen=True)
@@ -123,17 +161,7 @@ class Kernel:
     @cached_property
     def main_loop(self) -> list[Instruction]:
         """The hot path of the main loop; empty in a kernel without a loop."""
-        at = {i.address: n for n, i in enumerate(self.code)}
-        loops = [
-            self.code[at[i.target] : n + 1]
-            for n, i in enumerate(self.code)
-            if i.base == "BRA" and i.target in at and at[i.target] < n
-        ]
-        return max(
-            ((hot_path(loop), len(loop)) for loop in loops),
-            key=lambda found: (count(found[0], "LDG", wide=True), -found[1]),
-            default=([], 0),
-        )[0]
+        return max(hot_paths(self.code), key=lambda path: (count(path, "LDG", wide=True), -len(path)), default=[])
 
     @property
     def wide_loads(self) -> int:
@@ -185,7 +213,9 @@ def compile_kernels(architectures: list[str]) -> Path:
     target.parent.mkdir(exist_ok=True)
     codes = [setup.gencode(a) for a in architectures]
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
-    output([nvcc, "-fatbin", *setup.CUDA_FLAGS, *codes, *include, str(ROOT / "csrc" / "ops_cuda.cu"), "-o", str(target)])
+    output(
+        [nvcc, "-fatbin", *setup.CUDA_FLAGS, *codes, *include, str(ROOT / "csrc" / "ops_cuda.cu"), "-o", str(target)]
+    )
     return target
 
 
@@ -214,9 +244,11 @@ def read_kernels(binary: Path, architectures: list[str]) -> list[Kernel]:
             code[part.split()[0]] = [
                 Instruction(
                     int(address, 16),
-                    bool(predicate) or re.match(r"!?U?P\w,", operands) is not None,
+                    bool(predicate) or ".DIV" in name or re.match(r"!?U?P\w,", operands) is not None,
                     name,
-                    int(to.group(1), 16) if name.startswith("BRA") and (to := re.search(r"0x([0-9a-f]+)", operands)) else None,
+                    int(to.group(1), 16)
+                    if name.startswith("BRA") and (to := re.search(r"0x([0-9a-f]+)", operands))
+                    else None,
                 )
                 for address, predicate, name, operands in line.findall(part)
             ]
@@ -244,7 +276,19 @@ def render(kernels: list[Kernel]) -> str:
         wide = f"{count(k.code, 'LDG', wide=True)}/{count(k.code, 'STG', wide=True)}"
         element = f"{k.per_element:.1f}" if k.per_element else ""
         loop = [len(k.main_loop), k.wide_loads, count(k.main_loop, "LDG", wide=False)] if k.main_loop else ["", "", ""]
-        cells = [k.name, k.architecture, k.registers, k.stack, k.spills, k.shared, k.threads, *k.blocks, wide, *loop, element]
+        cells = [
+            k.name,
+            k.architecture,
+            k.registers,
+            k.stack,
+            k.spills,
+            k.shared,
+            k.threads,
+            *k.blocks,
+            wide,
+            *loop,
+            element,
+        ]
         rows.append([str(c) for c in cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -274,7 +318,9 @@ def worse(kernels: list[Kernel], baseline: dict) -> list[str]:
                 f"{was['blocks']} at {was['registers']} before"
             )
         if was and k.wide_loads < was["wide_loads"]:
-            found.append(f"{k.name} on {k.architecture}: {k.wide_loads} 16-byte loads in its loop, {was['wide_loads']} before")
+            found.append(
+                f"{k.name} on {k.architecture}: {k.wide_loads} 16-byte loads in its loop, {was['wide_loads']} before"
+            )
     return found
 
 

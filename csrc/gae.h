@@ -262,25 +262,33 @@ __device__ void read_weights(const Mask& mask, int64_t at, int left, double (&m)
     UNROLL
     for (int k = 0; k < kCount; ++k) m[k] = k < left ? weight(at + k) : 0.0;
   };
-  if (mask.kind == Mask::kNone) each([](int64_t) { return 1.0; });
-  else if (mask.kind == Mask::kByte) each([&](int64_t i) { return mask.at<uint8_t>(i) != 0 ? 1.0 : 0.0; });
-  else each([&](int64_t i) { return mask[i]; });
+  if (mask.kind == Mask::kNone) return each([](int64_t) { return 1.0; });
+  if (mask.kind == Mask::kByte) return each([&](int64_t i) { return mask.at<uint8_t>(i) != 0 ? 1.0 : 0.0; });
+  if (mask.kind == Mask::kLong) return each([&](int64_t i) { return mask.at<int64_t>(i) != 0 ? 1.0 : 0.0; });
+  each([](int64_t) { return 0.0; });
+  ROLL
+  for (int k = 0; k < left && k < kCount; ++k) {  // one copy of the switch
+    const double weight = mask[at + k];
+    UNROLL
+    for (int j = 0; j < kCount; ++j) m[j] = j == k ? weight : m[j];
+  }
 }
 
 // One block a row, in tiles from the right.
 template <int kThreads, int kLambdas, class A>
-__global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * 2) gae_kernel(GaeArrays<A> a, GaeRows rows, GaeOptions options) {
+__global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * (kLambdas == 1 ? 2 : 1))
+    gae_kernel(GaeArrays<A> a, GaeRows rows, GaeOptions options) {
   constexpr int kTokens = 2 * kPack<A>, kWarps = kThreads / kWarp;
   constexpr int64_t kTile = int64_t(kThreads) * kTokens;
   using Map = GaeMap<kLambdas>;
   __shared__ Map warp_maps[kWarps];
-  __shared__ GaeState right_of_warp[kWarps];
+  __shared__ GaeState right_of_warp[kWarps], carried;  // carried: right of the tile; thread 0's alone
   const int64_t row = blockIdx.x, begin = rows.begin(row), length = rows.end(row) - begin;
   GaeOptions o = options.of_row(row);
   if constexpr (kLambdas == 1) o.returns_lam = o.lam;  // said again where the compiler sees it
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const RowReader<A> rewards(a.rewards + begin, length), values(a.values + begin, length);
-  GaeState carried = a.start(row);  // right of the tile; thread 0's is followed
+  if (threadIdx.x == 0) carried = a.start(row);
   for (int64_t tile = length > 0 ? (length - 1) / kTile : -1; tile >= 0; --tile) {
     const int64_t first = tile * kTile + int64_t(threadIdx.x) * kTokens;
     const int left = length - first < kTokens ? static_cast<int>(length - first) : kTokens;  // tokens of this thread, if positive
@@ -304,11 +312,14 @@ __global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * 2) gae_kern
     if (lane == kWarp - 1) to_the_right = Map::identity();
     if (lane == 0) warp_maps[warp] = map;
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
+      GaeState state = carried;
       for (int w = kWarps - 1; w >= 0; --w) {
-        right_of_warp[w] = carried;
-        carried = warp_maps[w](carried);
+        right_of_warp[w] = state;
+        state = warp_maps[w](state);
       }
+      carried = state;
+    }
     __syncthreads();
     GaeState state = to_the_right(right_of_warp[warp]);
     A advantages[kTokens], returns[kTokens];

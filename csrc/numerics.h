@@ -130,7 +130,7 @@ struct alignas(16) Granule {
 
 template <class T> constexpr int kPack = sizeof(Granule) / sizeof(T);  // elements in 16 bytes
 
-// The four places where the hardware is named, each with its meaning in C++. Streaming accesses are of data that one kernel
+// The places where the hardware is named, each with its meaning in C++. Streaming accesses are of data that one kernel
 // reads or writes once: their lines leave the caches first.
 #if defined(__CUDA_ARCH__)
 __device__ inline Granule stream_load(const void* at) {
@@ -139,6 +139,9 @@ __device__ inline Granule stream_load(const void* at) {
 }
 __device__ inline void stream_store(void* at, const Granule& g) {
   __stcs(static_cast<uint4*>(at), make_uint4(g.word[0], g.word[1], g.word[2], g.word[3]));
+}
+__device__ inline void store(void* at, const Granule& g) {  // as one: in C++ the compiler may take it apart
+  __stwb(static_cast<uint4*>(at), make_uint4(g.word[0], g.word[1], g.word[2], g.word[3]));
 }
 __device__ inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_r(low, high, bits); }
 
@@ -152,6 +155,7 @@ __device__ uint32_t larger_halves(uint32_t a, uint32_t b) {  // of two pairs of 
 #else
 __device__ inline Granule stream_load(const void* at) { return *static_cast<const Granule*>(at); }
 __device__ inline void stream_store(void* at, const Granule& g) { *static_cast<Granule*>(at) = g; }
+__device__ inline void store(void* at, const Granule& g) { *static_cast<Granule*>(at) = g; }
 __device__ inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t bits) {
   return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> bits);
 }
@@ -298,9 +302,10 @@ __device__ void store_run(T* row, int64_t n, int64_t at, const T (&x)[kCount]) {
   for (int first = 0; first < kCount; first += kPack<T>) {
     T* to = row + at + head + first;
     if ((head == 0 || first + kPack<T> < kCount || has_next) && head + first + kPack<T> <= left) {
-      Granule g;
-      memcpy(&g, run + first, sizeof(g));
-      *reinterpret_cast<Granule*>(to) = g;
+      T pack[kPack<T>];
+      UNROLL
+      for (int i = 0; i < kPack<T>; ++i) pack[i] = run[first + i];
+      store(to, granule_of(pack));
     } else {
       UNROLL
       for (int i = 0; i < kPack<T>; ++i)
