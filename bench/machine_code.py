@@ -270,8 +270,8 @@ def read_kernels(binary: Path, architectures: list[str]) -> list[Kernel]:
 
 
 def render(kernels: list[Kernel]) -> str:
-    head = "kernel|arch|registers|stack|spills|shared|threads|blocks an SM|limit|ld/st 16 B|loop: instructions|loads 16 B|narrower|an element"
-    rows = [head.split("|")]
+    head = "kernel|arch|registers|stack|spills|shared|threads|blocks an SM|limit|16 B ld/st"
+    rows = [[*head.split("|"), "loop", "16 B loads", "narrower", "an element"]]  # instructions of the main loop
     for k in kernels:
         wide = f"{count(k.code, 'LDG', wide=True)}/{count(k.code, 'STG', wide=True)}"
         element = f"{k.per_element:.1f}" if k.per_element else ""
