@@ -60,7 +60,7 @@ class Instruction:
 
     @property
     def is_wide(self) -> bool:
-        return self.name.endswith(".128")
+        return "128" in self.name.split(".")
 
     @property
     def is_arithmetic(self) -> bool:

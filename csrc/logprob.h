@@ -503,13 +503,14 @@ HOST_DEVICE void merge(RowTotals& into, const RowTotals& other) {
 constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
 constexpr int64_t kWarpRowVocab = 2048;  // rows up to here are read by one warp
 constexpr int kRowThreads = 256;
-// Blocks a multiprocessor holds at least: 64 registers a thread, 80 in the one-warp form, 128 for double.
-template <int kThreads, class T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : kThreads == kWarp ? 6 : 4;
+// Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; 128 for double.
+template <int kThreads, bool kCapped, class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : kThreads == kWarp ? 6 : kCapped ? 3 : 4;
 constexpr int kPiecePacks = 16 * kRowThreads;  // of the backward, at most: enough work to pay for a block's start
 
 // One row by kThreads threads: a warp (several rows a block) or a whole block.
 template <int kThreads, bool kCapped, bool kEntropy, class T>
-__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, T>)
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, kCapped, T>)
     gather_logprobs_kernel(const T* logits,                   // rows of V, as `rows` says
                            const void* labels, bool long_labels,  // [rows]
                            LogitRows rows, LogprobOptions options,
@@ -553,12 +554,12 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
 // target, so that they are stored whole wherever the row lies; what stands before and after them is written element by
 // element by the first piece.
 template <int kThreads, bool kCapped, class T>
-__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, T>)
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, kCapped, T>)
     gather_logprobs_backward_kernel(const T* logits, T* target, const void* labels, bool long_labels, LogitRows rows, LogitRows target_rows,
                                     LogprobOptions options, const accumulate_t<T>* grad_logprobs, const accumulate_t<T>* grad_entropy,
                                     const RowStats<accumulate_t<T>>* stats, int pieces, int piece_packs) {
   using A = accumulate_t<T>;
-  constexpr int kUnroll = sizeof(T) == 8 ? 2 : 4;
+  constexpr int kUnroll = sizeof(T) == 8 || kCapped ? 2 : 4;
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x / pieces);
   if (row >= rows.rows) return;
   const int piece = kThreads == kWarp ? 0 : blockIdx.x % pieces, lane = threadIdx.x % kThreads;

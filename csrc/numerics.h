@@ -140,8 +140,11 @@ __device__ inline Granule stream_load(const void* at) {
 __device__ inline void stream_store(void* at, const Granule& g) {
   __stcs(static_cast<uint4*>(at), make_uint4(g.word[0], g.word[1], g.word[2], g.word[3]));
 }
-__device__ inline void store(void* at, const Granule& g) {  // as one: in C++ the compiler may take it apart
-  __stwb(static_cast<uint4*>(at), make_uint4(g.word[0], g.word[1], g.word[2], g.word[3]));
+__device__ inline void store(void* at, const Granule& g) {  // as one: an assignment may be taken apart
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(at)), "r"(g.word[0]), "r"(g.word[1]), "r"(g.word[2]), "r"(g.word[3])
+               : "memory");
 }
 __device__ inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_r(low, high, bits); }
 
