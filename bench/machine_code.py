@@ -343,7 +343,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.update:
         if architectures != every:
             sys.exit("--update needs every architecture")
-        BASELINE.write_text(json.dumps({"nvcc": nvcc_version(), "kernels": summary(kernels)}, indent=1) + "\n")
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in summary(kernels).items())
+        BASELINE.write_text(f'{{\n "nvcc": {json.dumps(nvcc_version())},\n "kernels": {{\n{lines}\n }}\n}}\n')
     elif BASELINE.exists():
         baseline = json.loads(BASELINE.read_text())
         if baseline["nvcc"] == nvcc_version():

@@ -274,7 +274,7 @@ __device__ void read_weights(const Mask& mask, int64_t at, int left, double (&m)
   }
 }
 
-// One block a row, in tiles from the right. By count (bench/machine_code.py, sm_90, float32): at most 147 instructions a token
+// One block a row, in tiles from the right. By count (bench/machine_code.py, sm_90, float32): at most 149 instructions a token
 // with every weight a fraction, less with weights of 0 and 1; 39 of them at most in double. A multiprocessor's share of an
 // H200's bandwidth is 1.1 tokens a clock, or 117 instructions and 58 in double: near both bounds. Where a multiprocessor does 2
 // double operations a clock (8.6, 8.9, 12.0) those are the bound.
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * (kLambdas =
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const RowReader<A> rewards(a.rewards + begin, length), values(a.values + begin, length);
   if (threadIdx.x == 0) carried = a.start(row);
-  for (int64_t tile = length > 0 ? (length - 1) / kTile : -1; tile >= 0; --tile) {
+  for (int tile = static_cast<int>((length + kTile - 1) / kTile) - 1; tile >= 0; --tile) {
     const int64_t first = tile * kTile + int64_t(threadIdx.x) * kTokens;
     const int left = length - first < kTokens ? static_cast<int>(length - first) : kTokens;  // tokens of this thread, if positive
     Granule r[2], v[2];
@@ -325,6 +325,7 @@ __global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * (kLambdas =
     }
     __syncthreads();
     GaeState state = to_the_right(right_of_warp[warp]);
+    read_weights(a.mask, begin + first, left, m);  // again, out of L1: there are no registers to keep them
     A advantages[kTokens], returns[kTokens];
     UNROLL
     for (int k = kTokens - 1; k >= 0; --k) {

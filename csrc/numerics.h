@@ -221,14 +221,11 @@ template <class T>
 struct RowReader {
   const T* row;
   int64_t n, origin;
-  const char* granules;   // the granule that pack 0 starts in
-  uint32_t shift;         // bytes from there to pack 0
-  int first, last;        // packs [first, last) are read as granules
+  uint32_t shift;   // bytes from the start of a granule to that of a pack
+  int first, last;  // packs [first, last) are read as granules
 
   __device__ RowReader(const T* row, int64_t n, int64_t origin = 0) : row(row), n(n), origin(origin) {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(row + origin);
-    shift = start % sizeof(Granule);
-    granules = reinterpret_cast<const char*>(row + origin) - shift;
+    shift = reinterpret_cast<uintptr_t>(row + origin) % sizeof(Granule);
     first = shift > origin * sizeof(T);
     const int64_t bytes = (n - origin) * static_cast<int64_t>(sizeof(T)) + shift;
     last = static_cast<int>(bytes / static_cast<int64_t>(sizeof(Granule))) - (shift != 0);
@@ -252,7 +249,7 @@ struct RowReader {
   // Packs pack, pack + stride, ...: all loads are on their way before the first is waited for. `fill` stands beyond the row.
   template <int kCount>
   __device__ void load(int pack, int stride, T fill, Granule (&packs)[kCount]) const {
-    const char* at = granules + int64_t(pack) * sizeof(Granule);
+    const char* at = reinterpret_cast<const char*>(row + origin) - shift + int64_t(pack) * sizeof(Granule);
     const int step = stride * static_cast<int>(sizeof(Granule));
     auto whole = [&](int u) { return pack + u * stride >= first && pack + u * stride < last; };
     UNROLL
