@@ -428,7 +428,7 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
 // fewer rows than a GPU has multiprocessors leave some idle.
 //
 // What to expect, by count and not by measurement. bench/machine_code.py finds these instructions an element of bf16 logits on
-// sm_90: 6.8 forward, 8.9 with the entropy, 16.4 backward, to which a thread's start and end add about 400: 0.7 an element at
+// sm_90: 6.9 forward, 8.9 with the entropy, 16.2 backward, to which a thread's start and end add about 400: 0.7 an element at
 // V = 151936, 3 at V = 32000. A multiprocessor issues 128 a clock; its share of an H200's 4.3 TB/s is 9.3 elements a clock
 // forward and 4.6 backward, 13.8 and 27 instructions each. Memory is the bound of all three, and the exponential unit, 16 a
 // clock, is busy for 58 % forward. A row off 16-byte alignment adds 2.5 instructions an element and reads L1 twice, not memory.
