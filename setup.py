@@ -33,6 +33,15 @@ COMMON_FLAGS = [
     "-std=c++17",
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",  # runs on this torch and later
 ]
+CUDA_FLAGS = [
+    *COMMON_FLAGS,
+    "-DUSE_CUDA",
+    "--threads=0",
+    "--compress-mode=size",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden",
+    f"-Xcompiler=-fmacro-prefix-map={ROOT}/=",
+]
 
 
 def find_nvcc():
@@ -50,31 +59,22 @@ def first_line(command, pattern):
     return match.group(1) if match else None
 
 
+def gencode(architecture):
+    number = architecture.removesuffix("+PTX").replace(".", "")
+    if not re.fullmatch(r"\d+[af]?", number):
+        sys.exit(f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; it takes compute capabilities such as 9.0 or 12.0+PTX")
+    code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={code}"
+
+
 def cuda_build(nvcc):
     """Compiler and linker flags, include and library folders of the CUDA half."""
     home = os.environ.get("CUDA_HOME") or str(Path(nvcc).resolve().parent.parent)
     cpp_extension.CUDA_HOME = home  # torch leaves it None whenever torch itself is a CPU build
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES).replace(";", " ").split()
-    gencode = []
-    for architecture in architectures:
-        number = architecture.removesuffix("+PTX").replace(".", "")
-        if not re.fullmatch(r"\d+[af]?", number):
-            sys.exit(
-                f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; it takes compute capabilities such as 9.0 or 12.0+PTX"
-            )
-        code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
-        gencode.append(f"-gencode=arch=compute_{number},code={code}")
     return {
         "architectures": architectures,
-        "compile": [
-            "-DUSE_CUDA",
-            "--threads=0",
-            "--compress-mode=size",
-            "--expt-relaxed-constexpr",
-            "-Xcompiler=-fvisibility=hidden",
-            f"-Xcompiler=-fmacro-prefix-map={ROOT}/=",
-            *gencode,
-        ],
+        "compile": [*CUDA_FLAGS, *map(gencode, architectures)],
         # The CUDA runtime is static: a shared one ties the library to torch's CUDA major version.
         "link": [
             "-Wl,-Bstatic",
@@ -140,7 +140,7 @@ def extension():
     if wanted == "1":
         cuda = cuda_build(nvcc)
         sources.append("csrc/ops_cuda.cu")
-        flags["nvcc"] = [*COMMON_FLAGS, *cuda["compile"]]
+        flags["nvcc"] = cuda["compile"]
     generated = ROOT / "build" / "generated"
     write_config(
         generated,
@@ -160,4 +160,5 @@ def extension():
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+if __name__ == "__main__":  # bench/machine_code.py imports the flags
+    setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -50,8 +50,10 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 #if defined(__CUDACC__)
 #define UNROLL _Pragma("unroll")
+#define ROLL _Pragma("unroll 1")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define ROLL _Pragma("GCC unroll 1")
 #endif
 
 namespace rlhf_fast::RLHF_UNIT {

@@ -11,7 +11,7 @@
 // The CPU walks each row. On CUDA one token is an affine map of the state (V_{t+1}, A_{t+1}), maps compose, and a block
 // scans them: a thread takes a few tokens, a warp scans its threads, warps follow each other from the right. Where a token
 // stands in its row decides all of that, so that padding or packing does not change the bits.
-// Bytes a token in float32: 8 + mask read, 8 written; the minimum.
+// Bytes a token in float32: 8 + mask read, 8 written, the minimum; packed rows are written twice, first with zeros.
 #pragma once
 
 #include "loops.h"
@@ -294,104 +294,156 @@ void for_gae_rows(const GaeCall& call, const F& f) {
 
 #else
 
-// The effect of a run of tokens on the state to their right.
+constexpr int kGaeThreads = 256;
+
+// The effect of a run of tokens on the state to their right. With one lambda for advantages and returns, the second of the
+// lambda maps would be the first.
+template <int kLambdas>
 struct GaeMap {
-  double value_by_value, value;                                // V' = value_by_value V + value
-  double advantage_by_advantage, advantage_by_value, advantage;  // A' = ...
-  double returns_by_returns, returns_by_value, returns;
+  struct Lambda {
+    double by_itself, by_value, plus;  // A' = by_itself A + by_value V + plus
+  };
+  double value_by_value, value;  // V' = value_by_value V + value
+  Lambda lambda[kLambdas];     // of the advantages, of the returns
 
-  HOST_DEVICE static GaeMap identity() { return {1, 0, 1, 0, 0, 1, 0, 0}; }
-
-  HOST_DEVICE static GaeMap token(double reward, double value, double m, const GaeOptions& o) {
-    if (m == 0 && !o.decay) return identity();
-    const double r = m == 0 ? 0.0 : m * reward, v = m == 0 ? 0.0 : m * value;
-    const double keep = o.decay ? 0.0 : 1 - m, use = o.decay ? 1.0 : m;
-    return {keep, v, use * o.gamma * o.lam + keep, use * o.gamma, r - v, use * o.gamma * o.returns_lam + keep, use * o.gamma, r - v};
+  __device__ static GaeMap identity() {
+    GaeMap map{1, 0, {}};
+    UNROLL
+    for (int l = 0; l < kLambdas; ++l) map.lambda[l] = {1, 0, 0};
+    return map;
   }
 
-  HOST_DEVICE GaeState operator()(const GaeState& s) const {
-    return {value_by_value * s.next_value + value,
-            advantage_by_advantage * s.advantage + advantage_by_value * s.next_value + advantage,
-            returns_by_returns * s.returns_advantage + returns_by_value * s.next_value + returns};
+  // The map of the token to the left and this one: gae_step, of a state that is still unknown.
+  __device__ GaeMap before(double reward, double value_, double m, const GaeOptions& o) const {
+    if (m == 0 && !o.decay) return *this;
+    const double r = !o.decay ? reward : m == 0 ? 0.0 : m * reward, v = !o.decay ? value_ : m == 0 ? 0.0 : m * value_;
+    const double delta = r + o.gamma * value - v;
+    GaeMap next{0, v, {}};
+    UNROLL
+    for (int l = 0; l < kLambdas; ++l) {
+      const double decay = o.gamma * (l == 0 ? o.lam : o.returns_lam);
+      next.lambda[l] = {decay * lambda[l].by_itself, decay * lambda[l].by_value + o.gamma * value_by_value, decay * lambda[l].plus + delta};
+    }
+    if (o.decay || m == 1) return next;
+    auto mix = [&](double& to, double from) { to = m * to + (1 - m) * from; };
+    mix(next.value_by_value, value_by_value);
+    mix(next.value, value);
+    UNROLL
+    for (int l = 0; l < kLambdas; ++l) {
+      mix(next.lambda[l].by_itself, lambda[l].by_itself);
+      mix(next.lambda[l].by_value, lambda[l].by_value);
+      mix(next.lambda[l].plus, lambda[l].plus);
+    }
+    return next;
+  }
+
+  __device__ GaeState operator()(const GaeState& s) const {
+    auto apply = [&](const Lambda& by, double advantage) { return by.by_itself * advantage + by.by_value * s.next_value + by.plus; };
+    const double advantage = apply(lambda[0], s.advantage);
+    return {value_by_value * s.next_value + value, advantage,
+            kLambdas == 1 ? advantage : apply(lambda[kLambdas - 1], s.returns_advantage)};
   }
 };
 
 // left(right(state))
-HOST_DEVICE GaeMap compose(const GaeMap& left, const GaeMap& right) {
-  return {left.value_by_value * right.value_by_value,
-          left.value_by_value * right.value + left.value,
-          left.advantage_by_advantage * right.advantage_by_advantage,
-          left.advantage_by_advantage * right.advantage_by_value + left.advantage_by_value * right.value_by_value,
-          left.advantage_by_advantage * right.advantage + left.advantage_by_value * right.value + left.advantage,
-          left.returns_by_returns * right.returns_by_returns,
-          left.returns_by_returns * right.returns_by_value + left.returns_by_value * right.value_by_value,
-          left.returns_by_returns * right.returns + left.returns_by_value * right.value + left.returns};
+template <int kLambdas>
+__device__ GaeMap<kLambdas> compose(const GaeMap<kLambdas>& left, const GaeMap<kLambdas>& right) {
+  GaeMap<kLambdas> map{left.value_by_value * right.value_by_value, left.value_by_value * right.value + left.value, {}};
+  UNROLL
+  for (int i = 0; i < kLambdas; ++i) {
+    const auto &l = left.lambda[i], &r = right.lambda[i];
+    map.lambda[i] = {l.by_itself * r.by_itself, l.by_itself * r.by_value + l.by_value * right.value_by_value,
+                     l.by_itself * r.plus + l.by_value * right.value + l.plus};
+  }
+  return map;
 }
 
-// One block a row, in tiles from the right.
-template <int kThreads, class A>
-__global__ void __launch_bounds__(kThreads) gae_kernel(GaeArrays<A> a, Rows rows, GaeOptions options) {
-  constexpr int kPack = Pack<A>::kSize, kTokens = 2 * kPack, kWarps = kThreads / kWarp;
+// The weights of `left` tokens from `at` on, 0 after them.
+template <int kCount>
+__device__ void read_weights(const Mask& mask, int64_t at, int left, double (&m)[kCount]) {
+  auto each = [&](auto weight) {
+    UNROLL
+    for (int k = 0; k < kCount; ++k) m[k] = k < left ? weight(at + k) : 0.0;
+  };
+  if (mask.kind == Mask::kNone) return each([](int64_t) { return 1.0; });
+  if (mask.kind == Mask::kByte) return each([&](int64_t i) { return mask.at<uint8_t>(i) != 0 ? 1.0 : 0.0; });
+  if (mask.kind == Mask::kLong) return each([&](int64_t i) { return mask.at<int64_t>(i) != 0 ? 1.0 : 0.0; });
+  each([](int64_t) { return 0.0; });
+  ROLL
+  for (int k = 0; k < left && k < kCount; ++k) {  // one copy of the switch
+    const double weight = mask[at + k];
+    UNROLL
+    for (int j = 0; j < kCount; ++j) m[j] = j == k ? weight : m[j];
+  }
+}
+
+// One block a row, in tiles from the right. By count (bench/machine_code.py, sm_90, float32): at most 149 instructions a token
+// with every weight a fraction, less with weights of 0 and 1; 39 of them at most in double. A multiprocessor's share of an
+// H200's bandwidth is 1.1 tokens a clock, or 117 instructions and 58 in double: near both bounds. Where a multiprocessor does 2
+// double operations a clock (8.6, 8.9, 12.0) those are the bound.
+template <int kThreads, int kLambdas, class A>
+__global__ void __launch_bounds__(kThreads, kGaeThreads / kThreads * (kLambdas == 1 ? 2 : 1))
+    gae_kernel(GaeArrays<A> a, Rows rows, GaeOptions options) {
+  constexpr int kTokens = 2 * kPack<A>, kWarps = kThreads / kWarp;
   constexpr int64_t kTile = int64_t(kThreads) * kTokens;
-  __shared__ GaeMap warp_maps[kWarps];
-  __shared__ GaeState carried;
+  using Map = GaeMap<kLambdas>;
+  __shared__ Map warp_maps[kWarps];
+  __shared__ GaeState right_of_warp[kWarps], carried;  // carried: right of the tile; thread 0's alone
   const int64_t row = blockIdx.x, begin = rows.begin(row), length = rows.end(row) - begin;
-  const GaeOptions o = options.of_row(row);
+  GaeOptions o = options.of_row(row);
+  if constexpr (kLambdas == 1) o.returns_lam = o.lam;  // said again where the compiler sees it
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const A *rewards = a.rewards + begin, *values = a.values + begin;
-  A *advantages = a.advantages + begin, *returns = a.returns + begin;
-  const bool aligned = is_aligned16(rewards) && is_aligned16(values) && is_aligned16(advantages) && is_aligned16(returns);
+  const RowReader<A> rewards(a.rewards + begin, length), values(a.values + begin, length);
   if (threadIdx.x == 0) carried = a.start(row);
-  for (int64_t tile = length > 0 ? (length - 1) / kTile : -1; tile >= 0; --tile) {
+  for (int tile = static_cast<int>((length + kTile - 1) / kTile) - 1; tile >= 0; --tile) {
     const int64_t first = tile * kTile + int64_t(threadIdx.x) * kTokens;
-    Pack<A> r[2], v[2];
+    const int left = length - first < kTokens ? static_cast<int>(length - first) : kTokens;  // tokens of this thread, if positive
+    Granule r[2], v[2];
+    rewards.load(static_cast<int>(first / kPack<A>), 1, A(0), r);
+    values.load(static_cast<int>(first / kPack<A>), 1, A(0), v);
+    auto reward = [&](int k) -> double { return element<A>(r[k / kPack<A>], k % kPack<A>); };
+    auto value = [&](int k) -> double { return element<A>(v[k / kPack<A>], k % kPack<A>); };
     double m[kTokens];
+    read_weights(a.mask, begin + first, left, m);
+    Map map = Map::identity();
     UNROLL
-    for (int p = 0; p < 2; ++p) {
-      r[p] = load_pack(rewards, first + p * kPack, length, aligned, A(0));
-      v[p] = load_pack(values, first + p * kPack, length, aligned, A(0));
-    }
-    GaeMap map = GaeMap::identity();
-    UNROLL
-    for (int k = kTokens - 1; k >= 0; --k) {
-      m[k] = first + k < length ? a.mask[begin + first + k] : 0.0;
-      if (first + k < length) map = compose(GaeMap::token(r[k / kPack].at[k % kPack], v[k / kPack].at[k % kPack], m[k], o), map);
-    }
+    for (int k = kTokens - 1; k >= 0; --k)
+      if (k < left) map = map.before(reward(k), value(k), m[k], o);
     UNROLL
     for (int delta = 1; delta < kWarp; delta *= 2) {  // map becomes that of this thread and all to its right in the warp
-      const GaeMap right = shuffle_down(map, delta);
+      const Map right = shuffle_down(map, delta);
       if (lane + delta < kWarp) map = compose(map, right);
     }
-    GaeMap to_the_right = shuffle_down(map, 1);
-    if (lane == kWarp - 1) to_the_right = GaeMap::identity();
+    Map to_the_right = shuffle_down(map, 1);
+    if (lane == kWarp - 1) to_the_right = Map::identity();
     if (lane == 0) warp_maps[warp] = map;
     __syncthreads();
-    GaeState state = carried;
-    for (int w = kWarps - 1; w > warp; --w) state = warp_maps[w](state);
-    const GaeState before_warp = warp_maps[warp](state);
-    state = to_the_right(state);
-    __syncthreads();  // everyone has read `carried` and the maps
-    if (threadIdx.x == 0) carried = before_warp;
-    Pack<A> advantage[2], value_return[2];
+    if (threadIdx.x == 0) {
+      GaeState state = carried;
+      for (int w = kWarps - 1; w >= 0; --w) {
+        right_of_warp[w] = state;
+        state = warp_maps[w](state);
+      }
+      carried = state;
+    }
+    __syncthreads();
+    GaeState state = to_the_right(right_of_warp[warp]);
+    read_weights(a.mask, begin + first, left, m);  // again, out of L1: there are no registers to keep them
+    A advantages[kTokens], returns[kTokens];
     UNROLL
     for (int k = kTokens - 1; k >= 0; --k) {
-      const double value = v[k / kPack].at[k % kPack];
-      if (first + k < length) state = gae_step(state, r[k / kPack].at[k % kPack], value, m[k], o);
-      advantage[k / kPack].at[k % kPack] = a.advantage_of(state, m[k]);
-      value_return[k / kPack].at[k % kPack] = a.return_of(state, value, m[k]);
+      if (k < left) state = gae_step(state, reward(k), value(k), m[k], o);
+      advantages[k] = a.advantage_of(state, m[k]);
+      returns[k] = a.return_of(state, value(k), m[k]);
     }
-    UNROLL
-    for (int p = 0; p < 2; ++p) {
-      store_pack(advantages, first + p * kPack, length, aligned, advantage[p]);
-      store_pack(returns, first + p * kPack, length, aligned, value_return[p]);
-    }
-    __syncthreads();  // `carried` is written before the next tile reads it
+    store_run(a.advantages + begin, length, first, advantages);
+    store_run(a.returns + begin, length, first, returns);
   }
 }
 
 // One thread a row: gradients through GAE are asked for in tests of other code, hardly in training, where advantages are constants.
 template <class A>
-__global__ void __launch_bounds__(kLoopThreads) gae_backward_kernel(const A* grad_advantages, const A* grad_returns, Mask mask, A* grad_rewards,
+__global__ void __launch_bounds__(kLoopThreads, 2) gae_backward_kernel(const A* grad_advantages, const A* grad_returns, Mask mask, A* grad_rewards,
                                                                     A* grad_values, A* grad_bootstrap, Rows rows, GaeOptions options) {
   const int64_t row = blockIdx.x * int64_t(kLoopThreads) + threadIdx.x;
   if (row < rows.rows)
@@ -419,8 +471,14 @@ inline std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTen
     });
 #else
     const int64_t mean_length = call.rows.rows > 0 ? call.rows.tokens / call.rows.rows : 0;
-    if (mean_length <= 256) launch(call.rewards, gae_kernel<kWarp, A>, call.rows.rows, kWarp, arrays, call.rows, call.options);
-    else launch(call.rewards, gae_kernel<256, A>, call.rows.rows, 256, arrays, call.rows, call.options);
+    const GaeOptions& o = call.options;
+    auto run = [&](auto lambdas) {
+      constexpr int kLambdas = decltype(lambdas)::value;
+      if (mean_length <= 256) launch(call.rewards, gae_kernel<kWarp, kLambdas, A>, call.rows.rows, kWarp, arrays, call.rows, o);
+      else launch(call.rewards, gae_kernel<kGaeThreads, kLambdas, A>, call.rows.rows, kGaeThreads, arrays, call.rows, o);
+    };
+    const bool one_lambda = o.lam_rows == o.returns_lam_rows && (o.lam_rows || o.lam == o.returns_lam);
+    one_lambda ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
 #endif
   });
   return {advantages, returns};

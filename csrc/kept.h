@@ -40,28 +40,28 @@ struct KeptIds {  // [rows, count]
   }
 };
 
-// A row is worked on by kLanes threads, each of which has the ids at places lane, lane + kLanes, ...; on the CPU by one with all.
-template <int kLanes>
-constexpr int kOwnIds = kMaxKept / kLanes;
+// A row is worked on by kSharers threads, each of which has the ids at places lane, lane + kSharers, ...; on the CPU by one with all.
+template <int kSharers>
+constexpr int kOwnIds = kMaxKept / kSharers;
 
 // f(u) for u from `first` to the last of a thread's ids; unrolled where they are to stay in registers.
-template <int kLanes, class F>
+template <int kSharers, class F>
 HOST_DEVICE void for_own(int first, int count, const F& f) {
-  if constexpr (kLanes == 1) {
+  if constexpr (kSharers == 1) {
     for (int u = first; u < count; ++u) f(u);
   } else {
     UNROLL
-    for (int u = 0; u < kOwnIds<kLanes>; ++u) f(u);
+    for (int u = 0; u < kOwnIds<kSharers>; ++u) f(u);
   }
 }
 
-template <int kLanes>
+template <int kSharers>
 struct OwnIds {
-  int at[kOwnIds<kLanes>];
+  int at[kOwnIds<kSharers>];
 
   HOST_DEVICE void load(const KeptIds& ids, int64_t row, int lane) {
-    for_own<kLanes>(0, ids.count, [&](int u) {
-      const int k = lane + u * kLanes;
+    for_own<kSharers>(0, ids.count, [&](int u) {
+      const int k = lane + u * kSharers;
       at[u] = k < ids.count ? ids.at(row, k) : kPadding;
     });
   }
@@ -71,8 +71,8 @@ struct OwnIds {
     if (ids.ascend(row)) return;
     for (int j = 0; j + 1 < ids.count; ++j) {
       const int earlier = ids.at(row, j);
-      for_own<kLanes>(j + 1, ids.count, [&](int u) {
-        at[u] = (at[u] == earlier) & (lane + u * kLanes > j) ? kPadding : at[u];
+      for_own<kSharers>(j + 1, ids.count, [&](int u) {
+        at[u] = (at[u] == earlier) & (lane + u * kSharers > j) ? kPadding : at[u];
       });
     }
   }
@@ -91,14 +91,14 @@ HOST_DEVICE void merge(KeptSums& into, const KeptSums& other) {
   into.outside += other.outside;
 }
 
-template <bool kCapped, int kLanes, class T, class A>
-HOST_DEVICE KeptSums kept_sums(const T* x, const OwnIds<kLanes>& own, int count, int64_t label, const LogitMap<A>& map) {
+template <bool kCapped, int kSharers, class T, class A>
+HOST_DEVICE KeptSums kept_sums(const T* x, const OwnIds<kSharers>& own, int count, int64_t label, const LogitMap<A>& map) {
   constexpr A kNone = -std::numeric_limits<A>::infinity();
-  A values[kOwnIds<kLanes>], e[kOwnIds<kLanes>];
+  A values[kOwnIds<kSharers>], e[kOwnIds<kSharers>];
   KeptSums total{{kMinusInfinity, 0, 0}, kCapped ? 1.0 : static_cast<double>(map.slope), 0, 0, 0};
   A max = kNone;
   bool nan = false;
-  for_own<kLanes>(0, count, [&](int u) {
+  for_own<kSharers>(0, count, [&](int u) {
     const int id = own.at[u];
     values[u] = id >= 0 ? capped<kCapped>(static_cast<A>(x[id]), map) : kNone;
     max = values[u] > max ? values[u] : max;
@@ -110,11 +110,11 @@ HOST_DEVICE KeptSums kept_sums(const T* x, const OwnIds<kLanes>& own, int count,
   total.sums.max = max;
   if (nan) total.sums.sum = std::numeric_limits<double>::quiet_NaN();
   if (!(max > kNone)) return total;
-  for_own<kLanes>(0, count, [&](int u) {
+  for_own<kSharers>(0, count, [&](int u) {
     values[u] = below_max<kCapped>(values[u], max, map);
     e[u] = exp_nonpositive(values[u]);
   });
-  for_own<kLanes>(0, count, [&](int u) {
+  for_own<kSharers>(0, count, [&](int u) {
     total.sums.sum += e[u];
     total.sums.dot += e[u] > 0 ? static_cast<double>(values[u]) * e[u] : 0.0;
   });
@@ -192,9 +192,9 @@ CPU_CLONES void kept_row_gradient(const T* x, T* dx, const KeptIds& ids, int64_t
   OwnIds<1> own;
   own.load(ids, row, 0);
   A g[kMaxKept];
-  for (int k = 0; k < ids.count; ++k) g[k] = own.at[k] >= 0 ? capped<kCapped>(static_cast<A>(x[own.at[k]]), map) : A(0);
-  for (int k = 0; k < ids.count; ++k)
-    g[k] = logit_gradient(below_max<kCapped>(g[k], stats.max, map), stats, a, b, own.at[k] == label) * map_slope<kCapped>(g[k], map);
+  const RowGradient<kCapped, true, A> gradient(map, stats, a, b);
+  for (int k = 0; k < ids.count; ++k) g[k] = own.at[k] >= 0 ? static_cast<A>(x[own.at[k]]) : A(0);
+  for (int k = 0; k < ids.count; ++k) g[k] = gradient(g[k], own.at[k] == label ? a : A(0));
   memset(static_cast<void*>(dx), 0, sizeof(T) * ids.vocab);
   for (int k = 0; k < ids.count; ++k)
     if (own.at[k] >= 0) dx[own.at[k]] = narrow<T>(g[k]);
@@ -332,27 +332,20 @@ __global__ void __launch_bounds__(kKeptGradientThreads)
   const A b = static_cast<A>(weight * UpstreamGradients::read(grad_entropy, row));
   const RowStats<A> row_stats = stats[row];
   const bool zero = label == options.ignore_index || weight == 0 || (a == 0 && b == 0) || label_not_kept(row_stats);
-  const LogitMap<A> map = options.map<A>(row);
   const T* x = logits + rows.offset(row);
   T* dx = target + target_rows.offset(row);
   OwnIds<kKeptGradientThreads> own;
   own.load(ids, row, threadIdx.x);
   constexpr int kOwn = kOwnIds<kKeptGradientThreads>;
+  const RowGradient<kCapped, true, A> gradient(options.map<A>(row), row_stats, a, b);
   T g[kOwn];
   UNROLL
   for (int u = 0; u < kOwn; ++u) {
     if (zero || own.at[u] < 0) continue;
-    const A value = capped<kCapped>(static_cast<A>(x[own.at[u]]), map);
-    const A below = below_max<kCapped>(value, row_stats.max, map);
-    g[u] = narrow<T>(logit_gradient(below, row_stats, a, b, own.at[u] == label) * map_slope<kCapped>(value, map));
+    g[u] = narrow<T>(gradient(static_cast<A>(x[own.at[u]]), own.at[u] == label ? a : A(0)));
   }
   __syncthreads();
-  Pack<T> nothing;
-  UNROLL
-  for (int i = 0; i < Pack<T>::kSize; ++i) nothing.at[i] = static_cast<T>(0.0f);
-  const bool aligned = is_aligned16(dx);
-  for (int64_t first = int64_t(threadIdx.x) * Pack<T>::kSize; first < rows.vocab; first += int64_t(kKeptGradientThreads) * Pack<T>::kSize)
-    store_pack(dx, first, rows.vocab, aligned, nothing);
+  fill_zeros<kKeptGradientThreads>(dx, rows.vocab);
   __syncthreads();
   UNROLL
   for (int u = 0; u < kOwn; ++u)

@@ -282,7 +282,7 @@ void for_each(const Tensor& on, const Rows& rows, const Mask& mask, const F& f) 
 }
 
 template <class R>
-__global__ void __launch_bounds__(kLoopThreads) reduce_rows_kernel(R shared, Mask mask, Rows rows, double* partial) {
+__global__ void __launch_bounds__(kLoopThreads, 2) reduce_rows_kernel(R shared, Mask mask, Rows rows, double* partial) {
   const Piece piece = rows.piece(blockIdx.x);
   const auto& r = in_row(shared, piece.row, 0);
   Terms<R> mine = Terms<R>::start();

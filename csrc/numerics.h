@@ -186,32 +186,6 @@ HOST_DEVICE A fold_lanes(Lanes<A> lanes, Op&& op) {
 
 constexpr double kLog2E = 1.4426950408889634074;
 
-// exp(x) for x <= 0, to 1e-7 relative; 0 below -87.3 and at -inf, NaN at NaN. Range reduction and the degree-5 polynomial
-// after Cephes' expf (Moshier).
-HOST_DEVICE float exp_nonpositive(float x) {
-#if defined(__CUDA_ARCH__)
-  return __expf(x);  // one ex2 of the special-function unit; its error grows with |x|, where the result no longer counts
-#else
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x log2 e) in the low mantissa bits
-  const float clamped = x < -87.33654f ? -87.33654f : x;
-  const float shifted = clamped * static_cast<float>(kLog2E) + kShift;
-  const float n = shifted - kShift;
-  float r = clamped - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // Unsigned: a NaN brings any bits here, and leaves through p.
-  const uint32_t exponent = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kShift);
-  const float result = p * bit_cast<float>((exponent + 127u) << 23);
-  return x < -87.33654f ? 0.0f : result;
-#endif
-}
-
 // 2^y for y <= 0, to 1e-7 relative; anything at most 1e-37 below -126, NaN at NaN and at -inf: the caller selects. Adding
 // kShift leaves round(y) in the low mantissa bits; the polynomial is the minimax one of 2^f on [-1/2, 1/2].
 template <class F>
@@ -231,7 +205,9 @@ HOST_DEVICE F exp2_polynomial(F y) {
 
 HOST_DEVICE float exp2_bounded(float y) {
 #if defined(__CUDA_ARCH__)
-  return exp2f(y);
+  float result;  // one instruction of the special-function unit, to 2 ulp; below -126 it gives 0
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(y));
+  return result;
 #else
   return exp2_polynomial(y);
 #endif
@@ -246,6 +222,11 @@ HOST_DEVICE Lanes<double> exp2_bounded(Lanes<double> y) {
 }
 #endif
 
+// 2^y and exp(x) for y, x <= 0: 0 where the result would be no normal number and at -inf, NaN at NaN. Of exp the error grows
+// with |x|, where the result no longer counts.
+HOST_DEVICE float exp2_nonpositive(float y) { return y < -126.0f ? 0.0f : exp2_bounded(y); }
+HOST_DEVICE float exp_nonpositive(float x) { return exp2_nonpositive(x * static_cast<float>(kLog2E)); }
+HOST_DEVICE double exp2_nonpositive(double y) { return exp2(y); }
 HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
 
 // exp(x) in double for any x, within 1 ulp: Taylor to degree 13 on |r| <= ln2/2 (truncation 4e-18), scaled in two steps so
@@ -345,46 +326,215 @@ HOST_DEVICE V max_share(V a, V b) { return a > b ? all<V>(1.0) : a < b ? all<V>(
 
 #if defined(RLHF_DEVICE_CODE)
 
-// 16 bytes at a time where the row's address allows it, element by element (out of L1) where it does not. Either way an
-// element goes to the same thread, so that alignment does not change the bits.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
+// Memory moves in granules: 16 bytes at a multiple of 16, the widest load there is.
+struct alignas(16) Granule {
+  uint32_t word[4];
 };
 
-HOST_DEVICE bool is_aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+template <class T> constexpr int kPack = sizeof(Granule) / sizeof(T);  // elements in 16 bytes
+
+// The places where the hardware is named, each with its meaning in C++. Streaming accesses are of data that one kernel
+// reads or writes once: their lines leave the caches first.
+#if defined(__CUDA_ARCH__)
+__device__ inline Granule stream_load(const void* at) {
+  const uint4 q = __ldcs(static_cast<const uint4*>(at));
+  return {{q.x, q.y, q.z, q.w}};
+}
+__device__ inline void stream_store(void* at, const Granule& g) {
+  __stcs(static_cast<uint4*>(at), make_uint4(g.word[0], g.word[1], g.word[2], g.word[3]));
+}
+__device__ inline void store(void* at, const Granule& g) {  // as one: an assignment may be taken apart
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(at)), "r"(g.word[0]), "r"(g.word[1]), "r"(g.word[2]), "r"(g.word[3])
+               : "memory");
+}
+__device__ inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_r(low, high, bits); }
 
 template <class T>
-__device__ Pack<T> load_pack(const T* x, int64_t first, int64_t n, bool aligned, T fill) {
-  if (aligned && first + Pack<T>::kSize <= n) return *reinterpret_cast<const Pack<T>*>(x + first);
-  Pack<T> pack;
-  UNROLL
-  for (int i = 0; i < Pack<T>::kSize; ++i) pack.at[i] = first + i < n ? x[first + i] : fill;
-  return pack;
+__device__ uint32_t larger_halves(uint32_t a, uint32_t b) {  // of two pairs of 16-bit floats; a number before a NaN
+  uint32_t larger;
+  if constexpr (std::is_same_v<T, BFloat16>) asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  else asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+#else
+__device__ inline Granule stream_load(const void* at) { return *static_cast<const Granule*>(at); }
+__device__ inline void stream_store(void* at, const Granule& g) { *static_cast<Granule*>(at) = g; }
+__device__ inline void store(void* at, const Granule& g) { *static_cast<Granule*>(at) = g; }
+__device__ inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t bits) {
+  return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> bits);
 }
 
 template <class T>
-__device__ void store_pack(T* x, int64_t first, int64_t n, bool aligned, const Pack<T>& pack) {
-  if (aligned && first + Pack<T>::kSize <= n) {
-    *reinterpret_cast<Pack<T>*>(x + first) = pack;
-    return;
+__device__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+  T x[2], y[2];
+  memcpy(x, &a, sizeof(a));
+  memcpy(y, &b, sizeof(b));
+  for (int i = 0; i < 2; ++i) x[i] = static_cast<float>(y[i]) > static_cast<float>(x[i]) || x[i] != x[i] ? y[i] : x[i];
+  memcpy(&a, x, sizeof(a));
+  return a;
+}
+#endif
+
+// Element i of a granule, as the type of the arithmetic. i must be a constant after unrolling.
+template <class T>
+__device__ accumulate_t<T> element(const Granule& g, int i) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return bit_cast<float>(i % 2 ? g.word[i / 2] & 0xffff0000u : g.word[i / 2] << 16);
+  } else if constexpr (sizeof(T) == 2) {
+    return static_cast<float>(bit_cast<T>(static_cast<uint16_t>(g.word[i / 2] >> (i % 2 * 16))));
+  } else {
+    T x[kPack<T>];
+    memcpy(x, &g, sizeof(g));
+    return x[i];
   }
+}
+
+template <class T>
+__device__ Granule granule_of(const T (&x)[kPack<T>]) {
+  Granule g;
+  memcpy(&g, x, sizeof(g));
+  return g;
+}
+
+// The 16 bytes that start `shift` bytes into (low, high): selects and shifts that are the same over a whole row.
+template <class T>
+__device__ Granule realign(const Granule& low, const Granule& high, uint32_t shift) {
+  uint32_t w[8] = {low.word[0],  low.word[1],  low.word[2],  low.word[3],
+                   high.word[0], high.word[1], high.word[2], high.word[3]};
   UNROLL
-  for (int i = 0; i < Pack<T>::kSize; ++i)
-    if (first + i < n) x[first + i] = pack.at[i];
+  for (int i = 0; i < 6; ++i) w[i] = shift & 8 ? w[i + 2] : w[i];
+  if constexpr (sizeof(T) <= 4) {
+    UNROLL
+    for (int i = 0; i < 5; ++i) w[i] = shift & 4 ? w[i + 1] : w[i];
+  }
+  if constexpr (sizeof(T) == 2) {
+    UNROLL
+    for (int i = 0; i < 4; ++i) w[i] = funnel_shift(w[i], w[i + 1], shift % 4 * 8);
+  }
+  return {{w[0], w[1], w[2], w[3]}};
+}
+
+// A row of n elements at any address, in packs of 16 bytes counted from element `origin`. A pack that does not start at a
+// multiple of 16 lies in two granules: both are loaded, the second as its neighbour's first, out of L1, and realigned in
+// registers. So an element's pack, and with it the thread that gets it, depends on its index alone, and V = 50257 is read in
+// 16-byte loads too. Packs with a granule that reaches out of the row are gathered element by element.
+template <class T>
+struct RowReader {
+  const T* row;
+  int64_t n, origin;
+  uint32_t shift;   // bytes from the start of a granule to that of a pack
+  int first, last;  // packs [first, last) are read as granules
+
+  __device__ RowReader(const T* row, int64_t n, int64_t origin = 0) : row(row), n(n), origin(origin) {
+    shift = reinterpret_cast<uintptr_t>(row + origin) % sizeof(Granule);
+    first = shift > origin * sizeof(T);
+    const int64_t bytes = (n - origin) * static_cast<int64_t>(sizeof(T)) + shift;
+    last = static_cast<int>(bytes / static_cast<int64_t>(sizeof(Granule))) - (shift != 0);
+  }
+
+  // How many elements of a pack lie in the row, at most kPack.
+  __device__ int inside(int pack) const {
+    const int64_t left = n - origin - int64_t(pack) * kPack<T>;
+    return left < kPack<T> ? static_cast<int>(left) : kPack<T>;
+  }
+
+  __device__ Granule gather(int pack, T fill) const {
+    const T* at = row + origin + int64_t(pack) * kPack<T>;
+    const int left = inside(pack);
+    T x[kPack<T>];
+    UNROLL
+    for (int i = 0; i < kPack<T>; ++i) x[i] = i < left ? at[i] : fill;
+    return granule_of(x);
+  }
+
+  // Packs pack, pack + stride, ...: all loads are on their way before the first is waited for. `fill` stands beyond the row.
+  template <int kCount>
+  __device__ void load(int pack, int stride, T fill, Granule (&packs)[kCount]) const {
+    const char* at = reinterpret_cast<const char*>(row + origin) - shift + int64_t(pack) * sizeof(Granule);
+    const int step = stride * static_cast<int>(sizeof(Granule));
+    auto whole = [&](int u) { return pack + u * stride >= first && pack + u * stride < last; };
+    UNROLL
+    for (int u = 0; u < kCount; ++u)
+      if (whole(u)) packs[u] = stream_load(at + u * step);
+    if (shift != 0) {
+      UNROLL
+      for (int u = 0; u < kCount; ++u)  // one after the other: they are near, and registers are few
+        if (whole(u)) packs[u] = realign<T>(packs[u], stream_load(at + u * step + sizeof(Granule)), shift);
+    }
+    if (whole(0) && whole(kCount - 1)) return;
+    ROLL
+    for (int u = 0; u < kCount; ++u) {  // a few threads of a row: one copy of the code will do
+      if (whole(u)) continue;
+      const Granule gathered = gather(pack + u * stride, fill);
+      UNROLL
+      for (int v = 0; v < kCount; ++v)
+        if (v == u) packs[v] = gathered;
+    }
+  }
+};
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// x becomes elements [at, at + kCount) of a row of n, the next lane of the warp having the next. Stored in granules wherever
+// the row lies: the one that two lanes share by the left of them. All lanes come here together.
+template <int kCount, class T>
+__device__ void store_run(T* row, int64_t n, int64_t at, const T (&x)[kCount]) {
+  const uint32_t past = reinterpret_cast<uintptr_t>(row + at) % sizeof(Granule) / sizeof(T);  // the same for all
+  const int head = past == 0 ? 0 : kPack<T> - static_cast<int>(past);                         // elements before a granule
+  const int left = n - at < 2 * kCount ? static_cast<int>(n - at) : 2 * kCount;               // elements to the row's end, or enough
+  T run[kCount + kPack<T>] = {};
+  UNROLL
+  for (int i = 0; i < kCount; ++i) run[i] = x[i];
+  if (head != 0) {
+    UNROLL
+    for (int i = 0; i < kPack<T> - 1; ++i) run[kCount + i] = __shfl_down_sync(kAllLanes, x[i], 1);
+    UNROLL
+    for (int by = kPack<T> / 2; by > 0; by /= 2)
+      UNROLL
+      for (int i = 0; i + by < kCount + kPack<T>; ++i) run[i] = head & by ? run[i + by] : run[i];
+    const bool left_lane_stores = threadIdx.x % kWarp != 0 && head <= left;
+    UNROLL
+    for (int i = 0; i < kPack<T>; ++i)
+      if (!left_lane_stores && i < head && i < left) row[at + i] = x[i];
+  }
+  const bool has_next = threadIdx.x % kWarp != kWarp - 1;
+  UNROLL
+  for (int first = 0; first < kCount; first += kPack<T>) {
+    T* to = row + at + head + first;
+    if ((head == 0 || first + kPack<T> < kCount || has_next) && head + first + kPack<T> <= left) {
+      T pack[kPack<T>];
+      UNROLL
+      for (int i = 0; i < kPack<T>; ++i) pack[i] = run[first + i];
+      store(to, granule_of(pack));
+    } else {
+      UNROLL
+      for (int i = 0; i < kPack<T>; ++i)
+        if (head + first + i < (left < kCount ? left : kCount)) to[i] = run[first + i];
+    }
+  }
+}
+
+// A row of n elements at any address becomes zeros, by a whole block.
+template <int kThreads, class T>
+__device__ void fill_zeros(T* row, int64_t n) {
+  const int64_t past = reinterpret_cast<uintptr_t>(row) % sizeof(Granule) / sizeof(T);
+  const int64_t to_granule = (kPack<T> - past) % kPack<T>, head = to_granule < n ? to_granule : n;
+  const int64_t granules = (n - head) / kPack<T>, tail = head + granules * kPack<T>;
+  for (int64_t i = threadIdx.x; i < granules; i += kThreads) stream_store(row + head + i * kPack<T>, Granule{});
+  if (int64_t(threadIdx.x) < head) row[threadIdx.x] = static_cast<T>(0.0f);
+  if (tail + threadIdx.x < n) row[tail + threadIdx.x] = static_cast<T>(0.0f);
 }
 
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Reductions of a state, a struct of doubles with merge(state&, const state&), over the threads of a block. The tree is
-// fixed by the block size alone: no atomics, the same bits every time.
+// Reductions over the threads of a block: of a state, a struct of doubles with merge(state&, const state&), and of a maximum.
+// The tree is fixed by the block size alone: no atomics, the same bits every time.
 
 #if defined(RLHF_DEVICE_CODE)
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class State>
 __device__ State shuffle_down(const State& state, int delta) {
@@ -416,6 +566,25 @@ __device__ State block_merge(State state) {
       for (int w = 1; w < kThreads / kWarp; ++w) merge(state, warps[w]);
   }
   return state;
+}
+
+// The largest value, to every thread of the warp (kThreads == 32) or of the block. No value may be NaN.
+template <int kThreads, class A>
+__device__ A block_max(A value) {
+  UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const A other = __shfl_xor_sync(kAllLanes, value, mask);
+    value = other > value ? other : value;
+  }
+  if constexpr (kThreads > kWarp) {
+    __shared__ A warps[kThreads / kWarp];
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    UNROLL
+    for (int w = 0; w < kThreads / kWarp; ++w) value = warps[w] > value ? warps[w] : value;
+  }
+  return value;
 }
 
 #endif

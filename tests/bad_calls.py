@@ -66,7 +66,7 @@ RIGHT = [
 def is_right(name: str, argument: str, what: str, value) -> bool:
     if name == "kept_logprobs" and argument == "kept" and what.endswith(f"in dimension {value.dim() - 1}"):
         return True  # any number of ids will do
-    if argument == "temperature" and what == "1 dimension less" and value.dim() == 1:
+    if argument == "temperature" and what in ("1 dimension less", "row 0 of it") and value.dim() == 1:
         return True  # one number
     return any(op in (None, name) and a == argument and w == what for op, a, w in RIGHT)
 

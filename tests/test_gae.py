@@ -54,6 +54,19 @@ def test_packed_rows_have_the_bits_of_padded_rows(device):
         assert torch.all(q[~mask] == 0)
 
 
+@pytest.mark.parametrize("length", [1, 3, 8, 250, 2_061])
+def test_alignment_changes_no_bits(length, device):
+    rewards, values = draw(1, length, device=device)
+    want = gae(rewards, values)
+    for before in range(1, 4):  # the row starts `before` elements into a packed batch
+        offsets = torch.tensor([0, before, before + length, before + length + 2], device=device)
+        packed = [torch.cat([x.new_full((before,), 7.0), x[0], x.new_full((2,), 7.0)]) for x in (rewards, values)]
+        got = gae(*packed, cu_seqlens=offsets)
+        alone = gae(*(x[-2:].unsqueeze(0) for x in packed))
+        for g, w, a in zip(got, want, alone, strict=True):
+            assert torch.equal(g[before : before + length], w[0]) and torch.equal(g[-2:], a[0])
+
+
 def test_carry_passes_over_a_gap_and_decay_goes_through_it(device):
     rewards = torch.tensor([[1.0, 9.0, 2.0]], device=device)
     values = torch.tensor([[0.5, 9.0, 0.25]], device=device)

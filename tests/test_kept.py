@@ -101,7 +101,10 @@ def test_rows_without_a_usable_set(request, device):
     empty[1] = -1
     beyond[1, 3] = 50
     on_gpu = "emulated" in request.node.name or device == "cuda"
-    for bad, message in ((empty, "at flat position 1 of `labels` it holds padding only"), (beyond, "`kept` holds 50 at flat position 10")):
+    for bad, message in (
+        (empty, "at flat position 1 of `labels` it holds padding only"),
+        (beyond, "`kept` holds 50 at flat position 10"),
+    ):
         if on_gpu:
             x = logits.clone().requires_grad_()
             logprobs, entropy = gather_logprobs(x, labels, kept=bad, with_entropy=True)

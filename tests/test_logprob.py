@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -27,6 +29,28 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(device):
         row = torch.cat([logits.new_zeros(1), logits[b, t]])[1:]
         alone = gather_logprobs(row, labels[b, t], with_entropy=True)
         assert all(torch.equal(a, whole[b, t]) for a, whole in zip(alone, batch, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab", [1, 7, 9, 130, 2_050])
+def test_alignment_changes_no_bits(vocab, dtype, device):
+    size = torch.finfo(dtype).bits // 8
+    logits, labels = draw(2, vocab=vocab, dtype=dtype, device=device)
+    results = []
+    for offset in range(16 // size):  # with the stride of vocab + 1, rows of two alignments
+        storage = torch.full((2 * vocab + offset + 3,), math.nan, dtype=dtype, device=device)
+        rows = storage.as_strided((2, vocab), (vocab + 1, 1), storage_offset=offset)
+        x = rows.copy_(logits).detach().requires_grad_()
+        logprobs, entropy = gather_logprobs(x, labels, with_entropy=True)
+        (logprobs.sum() + entropy.sum()).backward()
+        inplace = rows.detach().requires_grad_()
+        both = gather_logprobs(inplace.view_as(inplace), labels, with_entropy=True, inplace_backward=True)
+        (both[0].sum() + both[1].sum()).backward()
+        results.append((logprobs.detach(), entropy.detach(), x.grad, rows.detach()))
+        assert storage[:offset].isnan().all() and storage[offset + vocab].isnan(), "written beside the rows"
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert torch.equal(results[0][2], results[0][3])
 
 
 def test_threads_do_not_change_the_bits():

@@ -83,7 +83,11 @@ class Kernel:
 
     def _below(self, args):
         """The op without its autograd."""
-        if self._direct is not None and _namespace == "rlhf_fast" and not (_dispatch_modes() or _profiling() or _tracing()):
+        if (
+            self._direct is not None
+            and _namespace == "rlhf_fast"
+            and not (_dispatch_modes() or _profiling() or _tracing())
+        ):
             result = self._direct(*args)
             if result is not NotImplemented:
                 return result

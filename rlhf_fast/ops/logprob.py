@@ -96,8 +96,13 @@ def gather_logprobs(
             raise ValueError(
                 f"{op}: `labels` has shape {list(shape)} but must have {list(logits.shape[:-1])}, that of `logits` without V"
             )
+        if kept is not None:
+            if kept.dim() != logits.dim() or kept.shape[:-1] != shape:
+                raise ValueError(
+                    f"{op}: `kept` has shape {list(kept.shape)} but must have {list(shape)} and a last dimension of ids"
+                )
+            kept = kept.flatten(0, -2)
         logits, labels, taus, mask = logits.flatten(0, -2), labels.flatten(), _flat(taus), _flat(mask)
-        kept = kept if kept is None else kept.flatten(0, -2)
 
     options = (taus, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward)
     if kept is None:
