@@ -356,7 +356,10 @@ HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumul
   const A to_log2 = kCapped ? static_cast<A>(kLog2E) : static_cast<A>(map.slope * kLog2E);
   const F underflow = F{} + kLowestExponent<A> / to_log2;  // next to nothing is added there to a sum of at least 1
   const F lowest = F{} - std::numeric_limits<A>::infinity();
-  F max = lowest, sum{}, dot{};
+  constexpr int kFew = 8 / LogitLanes<T>::kParts;
+  F max = lowest, few{}, few_dots{};
+  WideSum<A> sum, dot;
+  int turn = 0;
   for_lanes(x, n, [&](int64_t, const LogitLanes<T>& lanes, auto seen) {
     for_constants<LogitLanes<T>::kParts>([&](auto part) {
       const F value = where_new<T, part>(capped<kCapped>(lanes.part[part], map), lowest, seen);
@@ -364,14 +367,17 @@ HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumul
       const F distance = value - reference;
       const F below = underflow > distance ? underflow : distance;  // a NaN passes
       const F e = exp2_bounded(below * to_log2);
-      sum += e;
-      if constexpr (kEntropy) dot += below * e;
+      few += e;
+      if constexpr (kEntropy) few_dots += below * e;
     });
+    if (++turn % kFew) return;
+    sum.take(few);
+    if constexpr (kEntropy) dot.take(few_dots);
   });
-  const auto add = [](F a, F b) { return a + b; };
+  sum.take(few);
+  dot.take(few_dots);
   const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
-  return {static_cast<double>(fold_lanes<A>(max, [](F a, F b) { return a > b ? a : b; })), static_cast<double>(fold_lanes<A>(sum, add)),
-          kEntropy ? slope * static_cast<double>(fold_lanes<A>(dot, add)) : 0.0};
+  return {static_cast<double>(fold_lanes<A>(max, [](F a, F b) { return a > b ? a : b; })), sum.total(), kEntropy ? slope * dot.total() : 0.0};
 }
 
 // How far, in nats, a block may rise above its reference: the rounding of an exponent, and of the difference that the entropy

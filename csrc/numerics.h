@@ -178,6 +178,30 @@ HOST_DEVICE A fold_lanes(Lanes<A> lanes, Op&& op) {
   return lanes[0];
 }
 
+// A sum of many small terms beside a large one. Lanes of float lose what is below half a unit of their last place, time and
+// again, so they are emptied into lanes of double every few terms.
+template <class A>
+class WideSum {
+ public:
+  HOST_DEVICE void take(Lanes<A>& few) {
+    if constexpr (std::is_same_v<A, double>) {
+      low_ += few;
+    } else {
+      typename HalfLanes<float>::type half[2];
+      memcpy(half, &few, sizeof(half));
+      low_ += __builtin_convertvector(half[0], Lanes<double>);
+      high_ += __builtin_convertvector(half[1], Lanes<double>);
+    }
+    few = Lanes<A>{};
+  }
+  HOST_DEVICE double total() const {
+    return fold_lanes<double>(low_ + high_, [](Lanes<double> a, Lanes<double> b) { return a + b; });
+  }
+
+ private:
+  Lanes<double> low_{}, high_{};
+};
+
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
