@@ -33,6 +33,13 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #define HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
+// Stands after the parameters of a lambda in a function with CPU_CLONES: one that is not inlined is code for the oldest processor.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#define ALWAYS_INLINE __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(RLHF_DEVICE_CODE) && !defined(__CUDACC__)
 // One binary for every x86-64: the loader picks the clone. "arch=haswell" would test the CPU model, not its features.
 #define CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

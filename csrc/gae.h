@@ -145,7 +145,7 @@ struct GaeFactors {
 template <bool kVaries>
 HOST_DEVICE double scan_block(double* term, const double* factor, const GaeFactors& factors, int64_t n, double after) {
   alignas(64) double products[kGaeBlock];
-  auto step = [&](int64_t t, double& advantage, double& product) {
+  auto step = [&](int64_t t, double& advantage, double& product) ALWAYS_INLINE {
     const double f = kVaries ? factor[t] : factors.constant;
     advantage = f * advantage + term[t];
     term[t] = advantage;
@@ -154,7 +154,7 @@ HOST_DEVICE double scan_block(double* term, const double* factor, const GaeFacto
   if (n == kGaeBlock) {
     double a[kRuns] = {0, 0, 0, 0}, p[kRuns] = {1, 1, 1, 1};
     for (int j = kRun - 1; j >= 0; --j)
-      for_constants<kRuns>([&](auto r) { step(r * kRun + j, a[r], p[r]); });
+      for_constants<kRuns>([&](auto r) ALWAYS_INLINE { step(r * kRun + j, a[r], p[r]); });
   } else {
     for (int64_t run = 0; run < n; run += kRun) {
       double a = 0, p = 1;
@@ -247,7 +247,7 @@ HOST_DEVICE void gae_block(const GaeArrays<A>& arrays, int64_t first, int64_t n,
 #pragma omp simd
     for (int64_t t = 0; t < n; ++t) advantage[t] = weight[t] != 0 ? weight[t] * advantage[t] : 0.0;
   }
-  auto scan = [&](double* terms, const GaeFactors& factors, double after) {
+  auto scan = [&](double* terms, const GaeFactors& factors, double after) ALWAYS_INLINE {
     if (!varies) return scan_block<false>(terms, nullptr, factors, n, after);
     for (int64_t t = 0; t < n; ++t) factor[t] = weight[t] * factors.constant + (1 - weight[t]);
     return scan_block<true>(terms, factor, factors, n, after);

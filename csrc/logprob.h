@@ -339,8 +339,8 @@ HOST_DEVICE accumulate_t<T> block_max(const T* x, int64_t n) {
   using F = Lanes<A>;
   const F lowest = F{} - std::numeric_limits<A>::infinity();
   F max = lowest;
-  for_lanes(x, n, [&](int64_t, const LogitLanes<T>& lanes, auto seen) {
-    for_constants<LogitLanes<T>::kParts>([&](auto part) {
+  for_lanes(x, n, [&](int64_t, const LogitLanes<T>& lanes, auto seen) ALWAYS_INLINE {
+    for_constants<LogitLanes<T>::kParts>([&](auto part) ALWAYS_INLINE {
       const F value = where_new<T, part>(lanes.part[part], lowest, seen);
       max = value > max ? value : max;
     });
@@ -360,8 +360,8 @@ HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumul
   F max = lowest, few{}, few_dots{};
   WideSum<A> sum, dot;
   int turn = 0;
-  for_lanes(x, n, [&](int64_t, const LogitLanes<T>& lanes, auto seen) {
-    for_constants<LogitLanes<T>::kParts>([&](auto part) {
+  for_lanes(x, n, [&](int64_t, const LogitLanes<T>& lanes, auto seen) ALWAYS_INLINE {
+    for_constants<LogitLanes<T>::kParts>([&](auto part) ALWAYS_INLINE {
       const F value = where_new<T, part>(capped<kCapped>(lanes.part[part], map), lowest, seen);
       max = value > max ? value : max;
       const F distance = value - reference;
@@ -416,8 +416,8 @@ CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumula
 
 template <bool kCapped, bool kEntropy, class T>
 CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, RowGradient<kCapped, kEntropy, accumulate_t<T>> gradient) {
-  for_lanes(x, vocab, [&](int64_t first, LogitLanes<T> lanes, auto) {
-    for_constants<LogitLanes<T>::kParts>([&](auto part) { lanes.part[part] = gradient(lanes.part[part], accumulate_t<T>(0)); });
+  for_lanes(x, vocab, [&](int64_t first, LogitLanes<T> lanes, auto) ALWAYS_INLINE {
+    for_constants<LogitLanes<T>::kParts>([&](auto part) ALWAYS_INLINE { lanes.part[part] = gradient(lanes.part[part], accumulate_t<T>(0)); });
     if (first >= 0) return lanes.store(dx + first);
     T row[LogitLanes<T>::kCount];
     lanes.store(row);

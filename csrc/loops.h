@@ -34,14 +34,14 @@ struct Terms {
   double at[R::kTerms];
   HOST_DEVICE static Terms start() {
     Terms terms;
-    for_constants<R::kTerms>([&](auto k) { terms.at[k] = fold_start(R::fold(k)); });
+    for_constants<R::kTerms>([&](auto k) ALWAYS_INLINE { terms.at[k] = fold_start(R::fold(k)); });
     return terms;
   }
 };
 
 template <class R>
 HOST_DEVICE void merge(Terms<R>& into, const Terms<R>& other) {
-  for_constants<R::kTerms>([&](auto k) { into.at[k] = fold_in(R::fold(k), into.at[k], other.at[k]); });
+  for_constants<R::kTerms>([&](auto k) ALWAYS_INLINE { into.at[k] = fold_in(R::fold(k), into.at[k], other.at[k]); });
 }
 
 // Chunks are counted from the start of a row and folded in their order, so that the bits depend on the row alone.
@@ -162,11 +162,11 @@ HOST_DEVICE const F& in_row(const F& f, int64_t, long) {
 
 // Out of the loop, so that the switch over the mask's dtype does not stand between the loop and SIMD.
 CPU_CLONES inline void weights_of(const Mask& mask, int64_t first, int64_t n, double* weights) {
-  auto read = [&](auto zero, auto value) {
+  auto read = [&](auto zero, auto value) ALWAYS_INLINE {
     const auto* data = static_cast<const decltype(zero)*>(mask.data) + first;
     for (int64_t i = 0; i < n; ++i) weights[i] = value(data[i]);
   };
-  const auto nonzero = [](auto x) { return x != 0 ? 1.0 : 0.0; };
+  const auto nonzero = [](auto x) ALWAYS_INLINE { return x != 0 ? 1.0 : 0.0; };
   switch (mask.kind) {
     case Mask::kNone:
       for (int64_t i = 0; i < n; ++i) weights[i] = 1.0;
@@ -175,8 +175,8 @@ CPU_CLONES inline void weights_of(const Mask& mask, int64_t first, int64_t n, do
     case Mask::kShort: return read(int16_t{}, nonzero);
     case Mask::kInt: return read(int32_t{}, nonzero);
     case Mask::kLong: return read(int64_t{}, nonzero);
-    case Mask::kFloat: return read(float{}, [](float x) { return static_cast<double>(x); });
-    case Mask::kDouble: return read(double{}, [](double x) { return x; });
+    case Mask::kFloat: return read(float{}, [](float x) ALWAYS_INLINE { return static_cast<double>(x); });
+    case Mask::kDouble: return read(double{}, [](double x) ALWAYS_INLINE { return x; });
     default:
       for (int64_t i = 0; i < n; ++i) weights[i] = mask[first + i];
   }
@@ -226,7 +226,7 @@ HOST_DEVICE void lane_terms(const R& r, int64_t row, Run at, const double* weigh
       for (int k = 0; k < R::kTerms; ++k) terms[k][l] = one[k];
     }
   }
-  for_constants<R::kTerms>([&](auto k) { lanes[k] = fold_in(R::fold(k), lanes[k], terms[k]); });
+  for_constants<R::kTerms>([&](auto k) ALWAYS_INLINE { lanes[k] = fold_in(R::fold(k), lanes[k], terms[k]); });
 }
 
 template <class R>
@@ -237,7 +237,7 @@ CPU_CLONES void reduce_range(const R& shared, const Mask& mask, const Piece& pie
   weights_of(mask, piece.begin, n, weights);
   for (int l = 0; l < kTokens; ++l) weights[n + l] = 0;
   Lanes<double> lanes[R::kTerms];
-  for_constants<R::kTerms>([&](auto k) { lanes[k] = all<Lanes<double>>(fold_start(R::fold(k))); });
+  for_constants<R::kTerms>([&](auto k) ALWAYS_INLINE { lanes[k] = all<Lanes<double>>(fold_start(R::fold(k))); });
   int64_t j = 0;
   for (; j + kTokens <= n; j += kTokens) lane_terms(r, piece.row, Run{piece.begin + j, kTokens}, weights + j, lanes);
   if (j < n) lane_terms(r, piece.row, Run{piece.begin + j, static_cast<int>(n - j)}, weights + j, lanes);

@@ -69,9 +69,9 @@ class Arguments {
 // tensor, F float, I int, B bool.
 class DirectCall {
  public:
-  DirectCall(const std::string& op, std::string signature, size_t outputs, py::object to_handle, py::object from_handle,
+  DirectCall(const std::string& op, std::string signature, size_t outputs, py::object to_handle, py::object from_handles,
              py::object is_neg, py::tuple plain_types)
-      : signature_(std::move(signature)), outputs_(outputs), to_handle_(std::move(to_handle)), from_handle_(std::move(from_handle)),
+      : signature_(std::move(signature)), outputs_(outputs), to_handle_(std::move(to_handle)), from_handles_(std::move(from_handles)),
         is_neg_(std::move(is_neg)), plain_types_(std::move(plain_types)) {
     if (signature_.size() > kMaxArguments || outputs_ > kMaxArguments) throw py::value_error(op + ": too many arguments");
     for (auto device : {rlhf_fast::DirectDevice::kCpu, rlhf_fast::DirectDevice::kCuda}) {
@@ -112,10 +112,13 @@ class DirectCall {
       kernel(values, signature_.size(), outputs_);
     }
     if (outputs_ == 0) return py::none();
-    if (outputs_ == 1) return to_python(values[0]);
-    py::tuple results(outputs_);
-    for (size_t i = 0; i < outputs_; ++i) results[i] = to_python(values[i]);
-    return std::move(results);
+    py::list capsules(outputs_);
+    for (size_t i = 0; i < outputs_; ++i)
+      PyList_SET_ITEM(capsules.ptr(), i, PyCapsule_New(torch::stable::detail::to<AtenTensorHandle>(values[i]), nullptr, nullptr));
+    const py::list tensors = py::reinterpret_steal<py::list>(PyObject_CallOneArg(from_handles_.ptr(), capsules.ptr()));
+    if (!tensors) throw py::error_already_set();
+    if (outputs_ == 1) return tensors[0];
+    return py::tuple(tensors);
   }
 
  private:
@@ -148,17 +151,9 @@ class DirectCall {
     return true;
   }
 
-  py::object to_python(StableIValue value) const {
-    auto handle = torch::stable::detail::to<AtenTensorHandle>(value);
-    const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(handle, nullptr, nullptr));
-    auto tensor = py::reinterpret_steal<py::object>(PyObject_CallOneArg(from_handle_.ptr(), capsule.ptr()));
-    if (!tensor) throw py::error_already_set();
-    return tensor;
-  }
-
   std::string signature_;
   size_t outputs_;
-  py::object to_handle_, from_handle_, is_neg_;
+  py::object to_handle_, from_handles_, is_neg_;
   py::tuple plain_types_;
   std::array<rlhf_fast::BoxedKernel, 2> kernels_{};
 };

@@ -2,6 +2,7 @@
 double precision, and a clear refusal of every bad call."""
 
 import inspect
+import os
 import random
 import subprocess
 import sys
@@ -626,6 +627,33 @@ def test_importing_leaves_the_process_alone():
         "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_calls_give_their_memory_back():
+    """Handles of tensors pass between Python and C++ by hand: one forgotten keeps its tensor alive."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("no /proc here")
+    labels, size = torch.zeros(64, dtype=torch.int64), 64 * 16_384 * 4
+
+    def call():
+        logits = torch.randn(64, 16_384).requires_grad_()
+        rlhf_fast.gather_logprobs(logits, labels, mask=torch.ones(64)).sum().backward()
+        rewards = logits.detach().view(64, -1)
+        rlhf_fast.gae(rewards, rewards, torch.ones(rewards.shape))
+        with pytest.raises(ValueError, match="must have the shape"):
+            rlhf_fast.gae(rewards, rewards[:1])
+
+    for _ in range(3):
+        call()
+    before = resident()
+    for _ in range(20):
+        call()
+    assert resident() - before < 10 * size
 
 
 def test_random_calls_are_repeatable():

@@ -49,12 +49,12 @@ def _direct_call(name: str, overload):
     """The op as a call past the dispatcher, or None where this torch lacks what that takes."""
     handles = getattr(torch._C, "_aoti", None)
     to_handle = getattr(handles, "unsafe_alloc_void_ptr_from_tensor", None)
-    from_handle = getattr(handles, "alloc_tensor_by_stealing_from_void_ptr", None)
-    if to_handle is None or from_handle is None:
+    from_handles = getattr(handles, "alloc_tensors_by_stealing_from_void_ptrs", None)  # the singular form leaks
+    if to_handle is None or from_handles is None:
         return None
     signature = "".join(_LETTERS[str(a.type)] for a in overload._schema.arguments)
     plain = (Tensor, torch.nn.Parameter)
-    return DirectCall(name, signature, len(overload._schema.returns), to_handle, from_handle, Tensor.is_neg, plain)
+    return DirectCall(name, signature, len(overload._schema.returns), to_handle, from_handles, Tensor.is_neg, plain)
 
 
 class Kernel:
@@ -94,20 +94,16 @@ class Kernel:
         with _below_autograd():
             return self.overload()(*args)
 
-    def _run(self, args):
-        overload = self.overload()
-        if torch.compiler.is_compiling() or _transforms():
-            return overload(*args)
-        function = _functions.get(self.name)
-        if function is not None and torch.is_grad_enabled():
-            for i in self._tensors:
-                if args[i] is not None and args[i].requires_grad:
-                    return function.apply(self, *args)
-        return self._below(args)
-
     def __call__(self, *args):
         try:
-            return self._run(args)
+            overload = self.overload()
+            if torch.compiler.is_compiling() or _transforms():
+                return overload(*args)
+            if self.name in _functions and torch.is_grad_enabled():
+                for i in self._tensors:
+                    if args[i] is not None and args[i].requires_grad:
+                        return _functions[self.name].apply(*args, self)
+            return self._below(args)
         except (RuntimeError, NotImplementedError) as error:
             refusal = _REFUSAL.search(str(error))
             if refusal:
@@ -187,30 +183,17 @@ class _Refusal(torch.autograd.Function):
 def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd.Function]:
     class EagerFunction(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, kernel, *inputs):
+        def forward(ctx, *inputs_and_kernel):  # the kernel last: inputs and gradients keep the places the formulas know
+            *inputs, kernel = inputs_and_kernel
             output = kernel._below(inputs)
             setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx, *gradients):
-            return None, *formula(_Shifted(ctx), *gradients)
+            return *formula(ctx, *gradients), None
 
     return EagerFunction
-
-
-class _Shifted:
-    """The context of an EagerFunction as the formulas know it: without the kernel before the op's own inputs."""
-
-    def __init__(self, ctx):
-        object.__setattr__(self, "_ctx", ctx)
-
-    def __getattr__(self, name):
-        value = getattr(self._ctx, name)
-        return value[1:] if name == "needs_input_grad" else value
-
-    def __setattr__(self, name, value):
-        setattr(self._ctx, name, value)
 
 
 def _register_in(library: str, name: str) -> None:
@@ -253,7 +236,7 @@ _strided = torch.strided
 
 
 def need_tensor(op: str, name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
+    if type(value) is not Tensor and not isinstance(value, Tensor):  # isinstance asks a metaclass
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(value).__name__}")
     if value.layout is not _strided or value.is_nested or value.is_quantized:
         kind = (
@@ -325,7 +308,7 @@ def number(
 
 def integer(op: str, name: str, value: Any, *, none: bool = False) -> int:
     """An int64; numpy's integers count. `none` says in the error that None would do as well."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{op}: `{name}` must be an integer{' or None' if none else ''}, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{op}: `{name}` must fit in 64 bits, got an integer of {int(value).bit_length()} bits")
@@ -333,7 +316,7 @@ def integer(op: str, name: str, value: Any, *, none: bool = False) -> int:
 
 
 def flag(op: str, name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
+    if value is not True and value is not False:
         raise TypeError(f"{op}: `{name}` must be True or False, got {type(value).__name__}")
     return value
 

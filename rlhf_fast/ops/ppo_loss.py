@@ -293,7 +293,7 @@ def _policy_context(ctx, inputs, output):
 
 def _policy_formula(ctx, grad, *_):
     if grad is None:
-        return (None,) * len(ctx.needs_input_grad)
+        return (None,) * 15
     cu_seqlens, row_weight, slope, advantage_slope, *_ = ctx.saved_tensors
     new, old, adv = ctx.needs_input_grad[:3]
     by_logprob = _backward(grad, slope, row_weight, cu_seqlens) if new or old else None
@@ -306,7 +306,7 @@ def _policy_formula(ctx, grad, *_):
 
 def _value_formula(ctx, grad, *_):
     if grad is None:
-        return (None,) * len(ctx.needs_input_grad)
+        return (None,) * 11
     cu_seqlens, row_weight, *slopes = ctx.saved_tensors[:-3]
     needs = ctx.needs_input_grad[:3]
     gradients = (
