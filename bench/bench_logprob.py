@@ -34,6 +34,10 @@ def case(name, size, dtype, contenders, passes):
     return Case(f"{name} {kind}", f"{b}x{t}x{v}", inputs, contenders, 0.1 if dtype == torch.bfloat16 else 1e-4, moved)
 
 
+def inplace(logits, labels):
+    return gather_logprobs(logits, labels, inplace_backward=True)
+
+
 CASES = []
 for size in SIZES:
     for dtype in (torch.float32, torch.bfloat16):
@@ -46,6 +50,13 @@ for size in SIZES:
                 size,
                 dtype,
                 {"rlhf_fast": backward(gather_logprobs), "eager": backward(eager)},
+                3,
+            ),
+            case(
+                "logprobs, forward + in-place backward",
+                size,
+                dtype,
+                {"rlhf_fast": backward(inplace, copy=True), "eager": backward(eager)},
                 3,
             ),
         ]

@@ -202,7 +202,7 @@ struct WarpTeam {
 };
 
 template <class R>
-__global__ void __launch_bounds__(kWarp * kRowsOfBlock) rows_by_team_kernel(R r, int64_t rows, int64_t length) {
+__global__ void __launch_bounds__(kWarp * kRowsOfBlock, 2) rows_by_team_kernel(R r, int64_t rows, int64_t length) {
   const WarpTeam team{static_cast<int>(threadIdx.x % kWarp), static_cast<int>(threadIdx.x / kWarp)};
   // A warp without a row does the last one again, for the barrier's sake: the same values to the same places.
   const int64_t row = blockIdx.x * int64_t(kRowsOfBlock) + team.warp;

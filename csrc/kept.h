@@ -320,7 +320,7 @@ constexpr int kKeptGradientThreads = 256;
 
 // A row by a block: the kept logits are read, then the row is filled with zeros, then the gradients go in. The two rows may be one.
 template <bool kCapped, class T>
-__global__ void __launch_bounds__(kKeptGradientThreads)
+__global__ void __launch_bounds__(kKeptGradientThreads, 2)
     kept_logprobs_backward_kernel(const T* logits, T* target, const void* labels, bool long_labels, KeptIds ids, LogitRows rows,
                                   LogitRows target_rows, LogprobOptions options, const accumulate_t<T>* grad_logprobs,
                                   const accumulate_t<T>* grad_entropy, const RowStats<accumulate_t<T>>* stats) {
