@@ -629,6 +629,46 @@ def test_importing_leaves_the_process_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_whoever_watches_the_dispatcher_sees_the_ops():
+    """Eager calls go past it where nobody does: dispatch modes (activation checkpointing) and the profiler must."""
+    rewards = torch.randn(2, 3)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        rlhf_fast.gae(rewards, rewards)
+    assert "rlhf_fast.gae.default" in seen
+    with torch.profiler.profile() as profile:
+        rlhf_fast.gae(rewards, rewards)
+    assert "rlhf_fast::gae" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("name", ["gather_logprobs", "gae", "ppo_policy_loss"])
+def test_the_way_past_the_dispatcher_and_the_way_through_it_agree(name, monkeypatch):
+    call = example(name)
+    leaves = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
+    results = []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(_common, "_dispatch_modes", lambda: 1)
+        outputs = tensors_of(OPS[name].function(*call.args, **call.kwargs))
+        gradients = torch.autograd.grad([t.sum() for t in outputs if t.requires_grad], leaves)
+        results.append([*outputs, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_only_the_dispatcher_understands_goes_through_it():
+    lazily_negated = torch.randn(2, 3, dtype=torch.complex64).conj().imag
+    values = torch.randn(2, 3)
+    assert lazily_negated.is_neg()
+    got, want = rlhf_fast.gae(lazily_negated, values), rlhf_fast.gae(lazily_negated.clone(), values)
+    assert torch.equal(got[0], want[0])
+
+
 def test_calls_give_their_memory_back():
     """Handles of tensors pass between Python and C++ by hand: one forgotten keeps its tensor alive."""
 
