@@ -420,7 +420,7 @@ def units_of(name: str, call: Call) -> float:
         return 4.0
     if kind == "softcap":  # z = cap tanh(..) / temperature is itself a rounded number as large as this
         smallest = torch.cat([torch.as_tensor(call.kwargs.get("temperature", 1.0)).flatten(), torch.ones(1)]).min()
-        return units + 0.5 * call.kwargs["softcap"] / float(smallest)
+        return units + call.kwargs["softcap"] / float(smallest)
     return units
 
 
