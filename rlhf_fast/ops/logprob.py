@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops import _logits
 from rlhf_fast.ops._common import (
     Kernel,
     constants,
@@ -151,56 +152,11 @@ def _flat(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.flatten()
 
 
-def _fake(logits, labels, temperature, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logprobs = labels.new_empty(labels.shape, dtype=dtype)
-    entropy = labels.new_empty(labels.shape if with_entropy else (0,), dtype=dtype)
-    return logprobs, entropy, labels.new_empty((labels.numel(), 3), dtype=dtype)
-
-
-def _setup_context(ctx, inputs, output):
-    logits, labels, temperature, mask, *options = inputs
-    row_stats = output[2]
-    ctx.options = options
-    ctx.overwritten = False
-    ctx.save_for_backward(logits, labels, temperature, mask, row_stats)
-    ctx.mark_non_differentiable(row_stats)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_formula(ctx, grad_logprobs, grad_entropy, _):
-    tau, cap, scale, ignore_index, with_entropy, inplace = ctx.options
-    nothing = (None,) * 10
-    if grad_logprobs is None and grad_entropy is None:
-        return nothing
-    if ctx.overwritten:
-        raise RuntimeError(
-            "gather_logprobs(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be no "
-            "second one; pass inplace_backward=False to run backward twice"
-        )
-    logits, labels, temperature, mask, row_stats = ctx.saved_tensors
-    args = (
-        grad_logprobs,
-        grad_entropy if with_entropy else None,
-        logits,
-        labels,
-        temperature,
-        mask,
-        row_stats,
-        tau,
-        cap,
-        scale,
-        ignore_index,
-    )
-    # A traced graph may not write over what it saved; the compiler plans that memory itself.
-    if inplace and not torch.compiler.is_compiling():
-        logits_grad = logits.detach()
-        _backward_inplace(*args[:2], logits_grad, *args[3:])
-        ctx.overwritten = True
-        return (logits_grad, *nothing[1:])
-    return (_backward(*args), *nothing[1:])
-
-
-register("gather_logprobs", _fake, setup_context=_setup_context, backward=_backward_formula)
+register(
+    "gather_logprobs",
+    lambda logits, labels, *rest: _logits.fake_outputs(logits, labels, rest[-2]),
+    setup_context=_logits.setup_context,
+    backward=_logits.formula(_backward, _backward_inplace, inputs=10),
+)
 register("gather_logprobs_backward", lambda grad_logprobs, grad_entropy, logits, *rest: logits.new_empty(logits.shape))
 register("gather_logprobs_backward_inplace", lambda *args: None)

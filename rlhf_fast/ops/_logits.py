@@ -1,0 +1,47 @@
+"""What the ops over logits share: the fake kernel's outputs and the autograd formula, in place or not."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def fake_outputs(logits, labels, with_entropy):
+    """Log-probs, entropy (empty where not asked for) and row statistics, as the forward kernels return them."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logprobs = labels.new_empty(labels.shape, dtype=dtype)
+    entropy = labels.new_empty(labels.shape if with_entropy else (0,), dtype=dtype)
+    return logprobs, entropy, labels.new_empty((labels.numel(), 3), dtype=dtype)
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, tau, cap, scale, ignore_index, ctx.with_entropy, ctx.inplace = inputs
+    ctx.options = tau, cap, scale, ignore_index
+    ctx.overwritten = False
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def formula(backward: Callable, backward_inplace: Callable, inputs: int) -> Callable:
+    """The gradient to the logits, the first of an op's `inputs` inputs, by one of two kernels."""
+    nothing = (None,) * inputs
+
+    def run(ctx, grad_logprobs, grad_entropy, _):
+        if grad_logprobs is None and grad_entropy is None:
+            return nothing
+        if ctx.overwritten:
+            raise RuntimeError(
+                "gather_logprobs(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be "
+                "no second one; pass inplace_backward=False to run backward twice"
+            )
+        logits, *rest = ctx.saved_tensors
+        gradients = grad_logprobs, grad_entropy if ctx.with_entropy else None
+        # A traced graph may not write over what it saved; the compiler plans that memory itself.
+        if ctx.inplace and not torch.compiler.is_compiling():
+            logits_grad = logits.detach()
+            backward_inplace(*gradients, logits_grad, *rest, *ctx.options)
+            ctx.overwritten = True
+            return (logits_grad, *nothing[1:])
+        return (backward(*gradients, logits, *rest, *ctx.options), *nothing[1:])
+
+    return run
