@@ -37,10 +37,11 @@ def namespace(name: str):
 # Leaves out the Python autograd kernel of torch.library, 5 us a call, where no gradient is asked for or a Function takes it.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
-# What stands between a call and its kernel, and must be asked: each as a function that is false in plain eager mode.
-_tracing = torch._C._get_tracing_state
-_profiling = torch.autograd._profiler_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+# What stands between a call and its kernel, and must be asked: each as a function that is false in plain eager mode. They are
+# not public: where this torch lacks one, every call goes through the dispatcher.
+_tracing = getattr(torch._C, "_get_tracing_state", None)
+_profiling = getattr(torch.autograd, "_profiler_enabled", None)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms = torch._C._are_functorch_transforms_active
 _LETTERS = {"Tensor": "T", "Optional[Tensor]": "O", "float": "F", "int": "I", "bool": "B"}
 
@@ -50,7 +51,7 @@ def _direct_call(name: str, overload):
     handles = getattr(torch._C, "_aoti", None)
     to_handle = getattr(handles, "unsafe_alloc_void_ptr_from_tensor", None)
     from_handles = getattr(handles, "alloc_tensors_by_stealing_from_void_ptrs", None)  # the singular form leaks
-    if to_handle is None or from_handles is None:
+    if None in (to_handle, from_handles, _tracing, _profiling, _dispatch_modes):
         return None
     signature = "".join(_LETTERS[str(a.type)] for a in overload._schema.arguments)
     plain = (Tensor, torch.nn.Parameter)
