@@ -233,19 +233,17 @@ HOST_DEVICE void gae_block(const GaeArrays<A>& arrays, int64_t first, int64_t n,
   state.next_value = held[0];
 
   const bool varies = !all && !o.decay;  // factors then differ from token to token
+  if (all) {
 #pragma omp simd
-  for (int64_t t = 0; t < n; ++t) {
-    const double delta = rewards[t] + o.gamma * held[t + 1] - values[t];
-    advantage[t] = delta;
-  }
-  if (!all && o.decay) {
+    for (int64_t t = 0; t < n; ++t) advantage[t] = rewards[t] + o.gamma * held[t + 1] - values[t];
+  } else if (o.decay) {
 #pragma omp simd
     for (int64_t t = 0; t < n; ++t)
       advantage[t] = (weight[t] != 0 ? weight[t] * rewards[t] : 0.0) + o.gamma * held[t + 1] - held[t];
-  }
-  if (varies) {
+  } else {
 #pragma omp simd
-    for (int64_t t = 0; t < n; ++t) advantage[t] = weight[t] != 0 ? weight[t] * advantage[t] : 0.0;
+    for (int64_t t = 0; t < n; ++t)
+      advantage[t] = weight[t] != 0 ? weight[t] * (rewards[t] + o.gamma * held[t + 1] - values[t]) : 0.0;
   }
   auto scan = [&](double* terms, const GaeFactors& factors, double after) ALWAYS_INLINE {
     if (!varies) return scan_block<false>(terms, nullptr, factors, n, after);
