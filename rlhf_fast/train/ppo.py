@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
+from rlhf_fast import kl_penalty, ppo_value_loss
 from rlhf_fast.train import loop
 from rlhf_fast.train.checkpoint import claim_output, save_model, write_directory
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.generate import generation_config
-from rlhf_fast.train.model import load_policy, load_scalar_model, response_logprobs, reward_from_policy, token_values
+from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_ppo_loss
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, advantage, roll_out, score
 
@@ -77,6 +78,7 @@ class PPOConfig(loop.StageConfig):
     vf_coef: float = option(0.1, "weight of the value loss", minimum=0, source=loop.N_PLUS)
     entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
     target_kl: float | None = option(None, "end the passes of an update once approxkl is above this", above=0)
+    full_logits: bool = option(False, FULL_LOGITS)
 
 
 def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
@@ -93,6 +95,8 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     models = load_models(config, reward, device)
+    if not config.full_logits:
+        logit_head(models.policy)  # a model without one is refused here
     loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
     encoder = loop.Encoder(models.policy, models.tokenizer, others=(models.value,), **limits)
@@ -165,6 +169,7 @@ def collect(
         missing_eos=config.missing_eos,
         missing_eos_penalty=config.missing_eos_penalty,
         micro_batch_size=config.micro_batch_size,
+        full_logits=config.full_logits,
     )
     return advantage(
         scored,
@@ -228,20 +233,21 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
-        options = {"temperature": config.temperature, "response_mask": response_mask, "with_entropy": True}
-        logprobs, entropy = response_logprobs(models.policy, ids, mask, length, **options)
-        policy_loss, policy_stats = ppo_policy_loss(
-            logprobs,
+        loss, policy_stats = response_ppo_loss(
+            models.policy,
+            ids,
+            mask,
             scored.logprobs[place],
             batch.advantages[place],
             response_mask,
+            temperature=config.temperature,
             clip_low=config.cliprange,
             clip_high=config.cliprange,
+            entropy_coef=config.entropy_coef,
             normalizer=tokens,
+            full_logits=config.full_logits,
         )
-        mean_entropy = entropy.sum() / tokens
-        bonus = config.entropy_coef * mean_entropy if config.entropy_coef else 0.0
-        (policy_loss - bonus).backward()
+        loss.backward()
         value_loss, value_stats = ppo_value_loss(
             token_values(models.value, ids, mask, length),
             scored.values[place],
@@ -254,9 +260,9 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
         share = window.tokens / tokens
         shift = policy_stats["ratio_mean"] - 1
         part = {
-            "loss/policy_avg": policy_loss.detach(),
+            "loss/policy_avg": policy_stats["policy_loss"],
             "loss/value_avg": value_loss.detach(),
-            "policy/entropy_avg": mean_entropy.detach(),
+            "policy/entropy_avg": policy_stats["entropy"],
             "policy/approxkl_avg": policy_stats["approx_kl"] * share,
             "policy/clipfrac_avg": policy_stats["clip_fraction"] * share,
             "val/clipfrac_avg": value_stats["clip_fraction"] * share,
