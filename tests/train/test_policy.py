@@ -48,6 +48,7 @@ STRETCHED = {
     "falcon_h1": lambda: FalconH1Config(
         vocab_size=VOCAB,
         intermediate_size=32,
+        num_key_value_heads=2,
         lm_head_multiplier=0.5,
         mamba_d_ssm=32,
         mamba_n_heads=4,
