@@ -262,7 +262,7 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
         part = {
             "loss/policy_avg": policy_stats["policy_loss"],
             "loss/value_avg": value_loss.detach(),
-            "policy/entropy_avg": policy_stats["entropy"],
+            "policy/entropy_avg": policy_stats["entropy"] * share,
             "policy/approxkl_avg": policy_stats["approx_kl"] * share,
             "policy/clipfrac_avg": policy_stats["clip_fraction"] * share,
             "val/clipfrac_avg": value_stats["clip_fraction"] * share,
