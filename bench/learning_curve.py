@@ -1,4 +1,4 @@
-"""The demo's PPO for some updates, through the fused ops and through plain PyTorch on whole logits: the same learning curve.
+"""The demo's PPO, with log-probs from hidden states and from whole logits in plain PyTorch: the same learning curve.
 
     python -m bench.learning_curve [--updates 20] [--seed 0] [--dtype float64]
 
@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 
 from rlhf_fast import demo
-from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference
 from rlhf_fast.train import ppo, reward, rollout, sft
 from rlhf_fast.train.config import from_dict
 from rlhf_fast.train.model import forward_inputs
@@ -32,21 +31,11 @@ def eager_logprobs(model, ids, mask, length, *, temperature, response_mask, with
     return (logprobs, -(table.exp() * table).sum(-1) * response_mask) if with_entropy else logprobs
 
 
-def eager_loss(model, ids, mask, old_logprobs, advantages, response_mask, *, temperature, normalizer, **options):
-    length, options = response_mask.shape[1], {k: v for k, v in options.items() if k.startswith("clip")}
-    new = {"temperature": temperature, "response_mask": response_mask, "with_entropy": True}
-    logprobs, entropy = eager_logprobs(model, ids, mask, length, **new)
-    fixed = (old_logprobs, advantages, response_mask)
-    loss, stats = ppo_policy_loss_reference(logprobs, *fixed, normalizer=normalizer, **options)
-    entropy_mean = entropy.detach().sum() / response_mask.sum()
-    return loss, stats | {"policy_loss": loss.detach(), "entropy": entropy_mean}
-
-
 @contextlib.contextmanager
 def plain_torch():
     with (
         mock.patch.object(rollout, "response_logprobs", eager_logprobs),
-        mock.patch.object(ppo, "response_ppo_loss", eager_loss),
+        mock.patch.object(ppo, "response_logprobs", eager_logprobs),
     ):
         yield
 

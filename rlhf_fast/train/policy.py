@@ -1,4 +1,4 @@
-"""What a policy says about the tokens of its replies: log-probabilities, entropies, and PPO's objective.
+"""What a policy says about the tokens of its replies: log-probabilities and entropies.
 
 Logits are the largest tensor of a training step, V numbers a token, and none is needed but to be summed up. So the head is
 applied here a few tokens at a time, from the body's hidden states, and a [B, T, V] tensor never exists, forward or backward.
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import gather_logprobs, linear_logprobs, linear_ppo_loss, ppo_loss_from_logits
+from rlhf_fast import gather_logprobs, linear_logprobs
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import accepts, forward_inputs, hidden_states
 
@@ -58,31 +58,6 @@ def response_logprobs(
         return gather_logprobs(logits, labels, inplace_backward=_output_of_linear(logits), **options)
     hidden = hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -response_length:]
     return linear_logprobs(hidden, labels=labels, **logit_head(model).arguments(), **options)
-
-
-def response_ppo_loss(
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    *,
-    full_logits: bool = False,
-    **options: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's objective on the last T tokens and its statistics: old_logprobs, advantages and response_mask [B, T].
-
-    `options` are those of `rlhf_fast.ppo_loss_from_logits`; the rest is as in `response_logprobs`.
-    """
-    length = response_mask.shape[1]
-    fixed = (ids[:, -length:], old_logprobs, advantages, response_mask)
-    if full_logits:
-        logits = _logits(model, ids, mask, length)
-        return ppo_loss_from_logits(logits, *fixed, inplace=_output_of_linear(logits), **options)
-    head = logit_head(model).arguments()
-    hidden = hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -length:]
-    return linear_ppo_loss(hidden, head.pop("weight"), *fixed, **head, **options)
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
