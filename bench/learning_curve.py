@@ -21,7 +21,7 @@ from rlhf_fast.train import ppo, reward, rollout, sft
 from rlhf_fast.train.config import from_dict
 from rlhf_fast.train.model import forward_inputs
 
-CLOCKED = ("eps", "tokens_per_second")
+CLOCKED = ("seconds", "cpu_seconds", "eps", "tokens_per_second")
 
 
 def eager_logprobs(model, ids, mask, length, *, temperature, response_mask, with_entropy=False, full_logits=False):
