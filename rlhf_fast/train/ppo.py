@@ -29,7 +29,7 @@ from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
 from rlhf_fast.train.record import Stage
-from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, advantage, roll_out, score
+from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, Scored, advantage, roll_out, score
 
 # Keys that a kind of advantage does not read.
 OF_VALUES = ("whiten_rewards", "whiten_advantages", "gamma", "lam", "cliprange_value", "vf_coef")
@@ -224,6 +224,11 @@ def collect(
         micro_batch_size=config.micro_batch_size,
         full_logits=config.full_logits,
     )
+    return advantages_of(scored, kl_coef, config)
+
+
+def advantages_of(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantaged:
+    """What every token is credited with, by the kind of advantage that was asked for."""
     penalty = {"kl_coef": kl_coef, "kl_estimator": config.kl_estimator, "score_clip": config.score_clip}
     if config.advantage != "gae":
         return group.advantage(scored, config.advantage, config.group_size, **penalty)
