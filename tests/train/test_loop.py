@@ -1,7 +1,7 @@
 import io
 import json
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,6 +11,7 @@ from rlhf_fast.train import loop
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.record import Progress, RunLog, Stage
+from rlhf_fast.train.resume import State
 
 LENGTHS = [(7 * i) % 40 + 1 for i in range(103)]
 
@@ -237,21 +238,20 @@ def test_progress_on_a_terminal_shows_a_bar(monkeypatch):
     assert "2/2" in stream.getvalue() and "loss 1" in stream.getvalue()
 
 
-@dataclass(frozen=True)
-class SomeConfig:
-    rate: float = 0.5
-
-
 def test_a_stage_writes_its_summary_last_and_only_when_it_finished(tmp_path):
     def stage(name):
-        return Stage("sft", SomeConfig(), tmp_path / name, 1, 42, torch.device("cpu"), {"rows_used": 3})
+        config = loop.StageConfig(model="m", data=str(tiny.write_pairs(tmp_path / "pairs")), output_dir=name, seed=5)
+        model = linear()
+        optimizer = loop.adamw([model], weight_decay=0.0, epsilon=1e-5)
+        state = State({"model": model}, optimizer, torch.Generator(), SimpleNamespace(), {})
+        return Stage("sft", config, tmp_path / name, 1, 42, torch.device("cpu"), {"rows_used": 3}, state)
 
     with stage("done") as run:
         run.log(1, {"loss": 1.0}, show=("loss",))
         assert not (tmp_path / "done" / "stage.json").exists()
         run.finish({"loss": 1.0})
     summary = json.loads((tmp_path / "done" / "stage.json").read_text())
-    assert summary["stage"] == "sft" and summary["config"] == {"rate": 0.5} and summary["parameters"] == 42
+    assert summary["stage"] == "sft" and summary["config"]["seed"] == 5 and summary["parameters"] == 42
     assert summary["data"] == {"rows_used": 3} and summary["results"] == {"loss": 1.0}
     assert set(summary["versions"]) == {"rlhf_fast", "torch", "transformers", "python", "build"}
     assert summary["started"].endswith("+00:00") and summary["seconds"] > 0 and summary["cpu_seconds"] > 0
