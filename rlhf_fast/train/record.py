@@ -22,7 +22,7 @@ import rlhf_fast
 from rlhf_fast.train.checkpoint import digest, finite_json, remove_partials, write_file, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.loop import StageConfig, say
-from rlhf_fast.train.resume import Checkpoints, State, clear
+from rlhf_fast.train.resume import Checkpoints, Record, State, clear
 
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 MOST_TIME_SAVING = 0.01  # share of a stage's time
@@ -129,8 +129,7 @@ class Stage:
         with ExitStack() as stack:
             stack.enter_context(self._checkpoints.locked())
             remove_partials(self.out)
-            saved = self._restore()
-            self._log = RunLog(self.out, saved["log"], self.state.step)
+            self._log = RunLog(self.out, self._restore(), self.state.step)
             stack.callback(self._log.close)
             self._progress = Progress(self.name, self.total_steps, before=self.state.step)
             stack.callback(self._progress.close)
@@ -141,18 +140,19 @@ class Stage:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def _restore(self) -> Mapping[str, Any]:
-        begun = any(self.out.glob("log.jsonl"))
-        saved = self._checkpoints.restore()
-        if saved is None:
+    def _restore(self) -> bytes:
+        """Go back to the newest checkpoint, if there is one -> the log up to there."""
+        begun = (self.out / "log.jsonl").exists()
+        found = self._checkpoints.restore()
+        if found is None:
             if begun:
                 say(f"{self.name}: no checkpoint yet in {self.out}, so it starts anew")
-            self._resumed_at = []
-            return {"log": b""}
+            self._resumed_at: list[int] = []
+            return b""
         say(f"{self.name}: continued after step {self.state.step} of {self.total_steps}, in {self.out}")
-        self._started, self._resumed_at = saved["started"], [*saved["resumed_at"], self.state.step]
-        self._wall, self._cpu = self._wall - saved["seconds"], self._cpu - saved["cpu_seconds"]
-        return saved
+        self._started, self._resumed_at = found.started, [*found.resumed_at, self.state.step]
+        self._wall, self._cpu = self._wall - found.seconds, self._cpu - found.cpu_seconds
+        return found.log
 
     @property
     def seconds(self) -> float:
@@ -176,8 +176,7 @@ class Stage:
 
     def _save(self) -> None:
         start = time.perf_counter()
-        more = {"started": self._started, "resumed_at": self._resumed_at} | self._clocks()
-        self._checkpoints.save(more, self._log.text())
+        self._checkpoints.save(Record(self._started, self._resumed_at, **self._clocks(), log=self._log.text()))
         self._saved_at = time.perf_counter()
         self._save_seconds, self._saves = self._save_seconds + self._saved_at - start, self._saves + 1
 

@@ -16,8 +16,10 @@ is not saved is made again from the same inputs, whose digests are compared. Unt
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +102,7 @@ class State:
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
         for file, content in zip(self.files(), [*map(_tensors_of, self.models.values()), tensors], strict=True):
-            save_file({name: x.detach().cpu().contiguous() for name, x in content.items()}, directory / file)
+            save_file(_on_host(content), directory / file)
         idle = [i for i in range(len(_parameters(self.optimizer))) if i not in moments]
         state = {"step": self.step, "so_far": vars(self.so_far), "means": self.means.state()}
         return state | {"parameters_without_gradient": idle, "random": _random_states(self.order)}
@@ -142,6 +144,17 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As a safetensors file takes them: contiguous, and none in the memory of another, as views of one buffer would be."""
+    host, taken = {}, set()
+    for name, tensor in tensors.items():
+        x = tensor.detach().cpu().contiguous()
+        place = x.untyped_storage().data_ptr()
+        host[name] = x.clone() if place in taken else x
+        taken.add(place)
+    return host
+
+
 def _digest_of(model: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, tensor in _tensors_of(model).items():
@@ -169,33 +182,35 @@ def _read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _random_states(order: torch.Generator) -> dict[str, Any]:
+    version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
-        "order": _hex(order.get_state()),
-        "torch": _hex(torch.get_rng_state()),
-        "cuda": [_hex(state) for state in cuda],
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
+        "order": _hex(order.get_state().numpy()),
+        "torch": _hex(torch.get_rng_state().numpy()),
+        "cuda": [_hex(state.numpy()) for state in cuda],
+        "python": [version, _hex(np.array(words, dtype=np.uint32)), gauss],
+        "numpy": [kind, _hex(keys), *rest],
     }
 
 
 def _set_random_states(saved: Mapping[str, Any], order: torch.Generator) -> None:
-    order.set_state(_bytes(saved["order"]))
-    torch.set_rng_state(_bytes(saved["torch"]))
+    order.set_state(torch.from_numpy(_array(saved["order"], np.uint8)))
+    torch.set_rng_state(torch.from_numpy(_array(saved["torch"], np.uint8)))
     if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_bytes(state) for state in saved["cuda"]])
+        torch.cuda.set_rng_state_all([torch.from_numpy(_array(state, np.uint8)) for state in saved["cuda"]])
     version, words, gauss = saved["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(saved["numpy"]))
+    random.setstate((version, tuple(_array(words, np.uint32).tolist()), gauss))
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, _array(keys, np.uint32), *rest))
 
 
-def _hex(state: Tensor) -> str:
-    return state.numpy().tobytes().hex()
+def _hex(state: np.ndarray) -> str:
+    return state.tobytes().hex()
 
 
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+def _array(text: str, kind: type) -> np.ndarray:
+    return np.frombuffer(bytearray.fromhex(text), dtype=kind)
 
 
 # ------------------------------------------------------------------------------------------------ what may differ
@@ -207,21 +222,19 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
     UserError if the directory holds anything but this stage, begun or finished with this config and these data.
     """
     out = Path(config.output_dir)
-    if config.resume and (out / FINISHED).is_file():
+    if not config.resume:
+        return claim_output(out), False
+    if (out / FINISHED).is_file():
         summary = read_json(out / FINISHED)
-        if isinstance(summary, dict) and summary.get("stage") == name and "inputs" in summary:
-            origin = {"stage": name, "config": to_dict(config), "inputs": {"data": digest(config.data)}}
-            compare(origin, summary, out)
-            with (
-                contextlib.suppress(UserError),
-                locked(out / PLACE / LOCK) if _begun(out) else contextlib.nullcontext(),
-            ):
+        if not isinstance(summary, dict) or summary.get("stage") != name or "inputs" not in summary:
+            return claim_output(out), False
+        compare({"config": to_dict(config), "inputs": {"data": digest(config.data)}}, summary, out)
+        if _begun(out):
+            with contextlib.suppress(UserError), locked(out / PLACE / LOCK):
                 clear(out)
-            say(f"{name}: finished in {out}, nothing is left to do")
-            return out, True
-    if config.resume and _begun(out):
-        return out, False
-    return claim_output(out), False
+        say(f"{name}: finished in {out}, nothing is left to do")
+        return out, True
+    return (out if _begun(out) else claim_output(out)), False
 
 
 def _begun(out: Path) -> bool:
@@ -267,6 +280,26 @@ def differing(config: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a stage has left beside its state: when it began, the time it took, where it was continued, its log."""
+
+    started: str
+    resumed_at: list[int]
+    seconds: float
+    cpu_seconds: float
+    log: bytes
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.started, str) or not isinstance(self.resumed_at, list):
+            raise TypeError("'started' or 'resumed_at' has another type")
+        if not math.isfinite(self.seconds + self.cpu_seconds):
+            raise ValueError("no clock reads like that")
+
+
+CLOCKS = tuple(field.name for field in dataclasses.fields(Record) if field.name != "log")
+
+
 class Checkpoints:
     """The checkpoints of one stage, below its directory `out`; the newest `keep` stay.
 
@@ -287,8 +320,8 @@ class Checkpoints:
                 )
             yield
 
-    def restore(self) -> Mapping[str, Any] | None:
-        """Take the state from the newest whole checkpoint -> what else it says; None where there is no checkpoint.
+    def restore(self) -> Record | None:
+        """Take the state from the newest whole checkpoint -> what else it holds; None where there is no checkpoint.
 
         Damaged ones that are passed over keep their content under another name. UserError if none is whole, or if the
         one that is belongs to another run.
@@ -310,7 +343,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self._place} is whole: {listing}. Remove {self._out} to start anew")
         return None
 
-    def _read(self, place: Path) -> Mapping[str, Any]:
+    def _read(self, place: Path) -> Record:
         """Load a checkpoint after everything in it has been checked."""
         try:
             self._verify(place)
@@ -320,8 +353,9 @@ class Checkpoints:
             if place.name != f"step-{saved['step']:06d}":
                 raise Damaged(f"it was written as step {saved['step']}")
             compare(self._origin, saved, place)
+            record = Record(**{name: saved[name] for name in CLOCKS}, log=(place / LOG).read_bytes())
             self._state.load(place, saved)
-            return saved | {"log": (place / LOG).read_bytes()}
+            return record
         except UserError:
             raise
         except OSError as error:
@@ -332,7 +366,7 @@ class Checkpoints:
 
     def _verify(self, place: Path) -> None:
         try:
-            manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads(_file(place / MANIFEST).read_text(encoding="utf-8"))
             if manifest["format"] != FORMAT:
                 raise Damaged(f"its format is {manifest['format']}, this version reads {FORMAT}")
             files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -344,21 +378,28 @@ class Checkpoints:
         if files.keys() != expected:
             raise Damaged(f"{MANIFEST} lists other files than {', '.join(sorted(expected))}")
         for name, (size, sha256) in files.items():
-            if (place / name).stat().st_size != size:
-                raise Damaged(f"{name} has {(place / name).stat().st_size} bytes instead of {size}")
+            if (found := _file(place / name).stat().st_size) != size:
+                raise Damaged(f"{name} has {found} bytes instead of {size}")
             if digest(place / name) != sha256:
                 raise Damaged(f"the content of {name} has changed since it was written")
 
-    def save(self, more: Mapping[str, Any], log: bytes) -> None:
-        """Write a checkpoint of the state, with `more` for whoever restores it, and remove those no longer needed."""
+    def save(self, record: Record) -> None:
+        """Write a checkpoint of the state, and remove those no longer needed."""
         with write_directory(self._place / f"step-{self._state.step:06d}") as partial:
-            saved = {**self._origin, **more, **self._state.save(partial)}
+            clocks = {name: getattr(record, name) for name in CLOCKS}
+            saved = {**self._origin, **clocks, **self._state.save(partial)}
             (partial / STATE).write_text(to_json(saved), encoding="utf-8")
-            (partial / LOG).write_bytes(log)
+            (partial / LOG).write_bytes(record.log)
             files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in partial.iterdir()}
             (partial / MANIFEST).write_text(to_json({"format": FORMAT, "files": files}), encoding="utf-8")
         for old in steps(self._place)[: -self._keep]:
             discard(old)
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        raise Damaged(f"{path.name} is {'not a file' if path.exists() else 'missing'}")
+    return path
 
 
 def steps(place: Path) -> list[Path]:
