@@ -141,9 +141,9 @@ def discard(path: Path) -> None:
     shutil.rmtree(partial)
 
 
-def remove_partials(directory: Path) -> None:
-    """Remove what killed processes were writing or discarding in `directory` and one level below."""
-    for path in [*directory.glob(f".*{PARTIAL}*"), *directory.glob(f"*/.*{PARTIAL}*")]:
+def remove_partials(*directories: Path) -> None:
+    """Remove what killed processes were writing or discarding there."""
+    for path in [path for directory in directories for path in directory.glob(f".*{PARTIAL}*")]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

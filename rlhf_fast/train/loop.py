@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +79,7 @@ def pick_device(name: str) -> torch.device:
 def seed_everything(seed: int) -> torch.Generator:
     """Seed the global generators and return one more, for the order of the data, that no sampling can disturb."""
     random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 

@@ -128,7 +128,7 @@ class Stage:
         self._checkpoints = Checkpoints(self.out, self.state, self._origin, self.config.keep_checkpoints)
         with ExitStack() as stack:
             stack.enter_context(self._checkpoints.locked())
-            remove_partials(self.out)
+            remove_partials(self.out, *filter(Path.is_dir, self.out.iterdir()))
             self._log = RunLog(self.out, self._restore(), self.state.step)
             stack.callback(self._log.close)
             self._progress = Progress(self.name, self.total_steps, before=self.state.step)

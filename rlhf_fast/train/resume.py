@@ -2,9 +2,8 @@
 
 A stage that is killed and started again ends with the same bits as one that was not: weights and log, clocks apart. What
 is not saved is made again from the same inputs, whose digests are compared. Until a stage is finished, it keeps in
-`output_dir/checkpoints`
+`output_dir/checkpoints` the newest few
 
-    .lock                   held while a process trains
     step-000120/            whole, or not there: written beside, flushed, renamed
       NAME.safetensors      each trained model
       optimizer.safetensors
@@ -40,6 +39,7 @@ from rlhf_fast.train.checkpoint import (
     locked,
     numbered,
     read_json,
+    remove_partials,
     to_json,
     write_directory,
 )
@@ -97,12 +97,16 @@ class State:
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write the tensors to `directory` and return the rest."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
         for file, content in zip(self.files(), [*map(_tensors_of, self.models.values()), tensors], strict=True):
-            save_file(_on_host(content), directory / file)
+            try:
+                save_file(_on_host(content), directory / file)
+            except SafetensorError as error:
+                raise UserError(f"checkpoint {directory / file} cannot be written: {error}") from None
         idle = [i for i in range(len(_parameters(self.optimizer))) if i not in moments]
         state = {"step": self.step, "so_far": vars(self.so_far), "means": self.means.state()}
         return state | {"parameters_without_gradient": idle, "random": _random_states(self.order)}
@@ -230,7 +234,7 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
             return claim_output(out), False
         compare({"config": to_dict(config), "inputs": {"data": digest(config.data)}}, summary, out)
         if _begun(out):
-            with contextlib.suppress(UserError), locked(out / PLACE / LOCK):
+            with contextlib.suppress(UserError), locked(out / LOCK):
                 clear(out)
         say(f"{name}: finished in {out}, nothing is left to do")
         return out, True
@@ -312,12 +316,11 @@ class Checkpoints:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes away. UserError if one is here, or has finished the stage since it was claimed."""
-        self._place.mkdir(parents=True, exist_ok=True)
-        with locked(self._place / LOCK):
+        self._out.mkdir(parents=True, exist_ok=True)
+        with locked(self._out / LOCK):
             if (self._out / FINISHED).exists():
-                raise UserError(
-                    f"{self._out} has meanwhile been finished by another process; there is nothing left to do"
-                )
+                raise UserError(f"{self._out} has meanwhile been finished by another process")
+            self._place.mkdir(exist_ok=True)
             yield
 
     def restore(self) -> Record | None:
@@ -413,8 +416,8 @@ def clear(out: Path) -> None:
     place = out / PLACE
     if not place.is_dir() or not _begun(out):
         return
+    remove_partials(place)
     for path in steps(place):
         discard(path)
-    (place / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty
         place.rmdir()

@@ -213,7 +213,7 @@ def taken(config: RunConfig, out: Path) -> Iterator[None]:
     """Make the output directory, or tidy it up, and keep other processes away; `config.yaml` marks it as this run's."""
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK):
-        remove_partials(out)
+        remove_partials(out, out / "base")
         with write_file(out / CONFIG) as partial:
             dump_yaml(config, partial)
         yield

@@ -86,7 +86,7 @@ def emptied(case: Case) -> None:
     case.file().write_bytes(b"")
 
 
-@kind("older")
+@kind("older", "same")  # JSON ends in a line feed that it does not need
 def truncated(case: Case) -> None:
     path = case.file()
     size = path.stat().st_size
@@ -192,7 +192,7 @@ def both_damaged(case: Case) -> None:
         if case.rng.random() < 0.5:
             path.unlink()
         else:
-            os.truncate(path, path.stat().st_size - 1)
+            os.truncate(path, path.stat().st_size // 2)
 
 
 @kind("anew")
@@ -230,7 +230,7 @@ def leftovers_of_killed_processes(case: Case) -> None:
         leftover.write_text("{") if case.rng.random() < 0.5 else leftover.mkdir()
         if leftover.is_dir():
             (leftover / "model.safetensors").write_bytes(b"half")
-    (case.out / "checkpoints" / ".lock").write_text("1 on elsewhere")
+    (case.out / ".lock").write_text("1 on elsewhere")
 
 
 @kind("same")

@@ -133,9 +133,8 @@ def child(train: Callable[[], Path], place: Path, *, event: int = 0, after: floa
         code = CRASHED
         try:
             os.chdir(place)
-            with output.open("w") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
+            sys.stdout = sys.stderr = output.open("w", buffering=1)
+            os.dup2(sys.stderr.fileno(), 2)
             count = count_events(kill_at=event)
             record_final_state()
             train()
