@@ -37,6 +37,7 @@ from rlhf_fast.train import ppo, record, reward, run, sft
 from rlhf_fast.train.checkpoint import digest
 from rlhf_fast.train.config import from_dict
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.model import quiet_transformers
 from tests.train import tiny
 
 CLOCKS = {"seconds", "cpu_seconds", "tokens_per_second", "eps", "started", "resumed_at", "saving"}
@@ -251,7 +252,8 @@ def made(directory: Path | None = None) -> Iterator[World]:
     with tempfile.TemporaryDirectory(dir=directory or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)) as name:
         world = World(Path(name))
         tiny.write_pairs(world.place / "pairs.jsonl")
-        tiny.save_base(world.place / "base")
+        with quiet_transformers():
+            tiny.save_base(world.place / "base")
         for stage in ("sft", "reward"):
             if (end := child(world.stage(stage), world.place / stage)).code != FINISHED:
                 raise RuntimeError(end.text)

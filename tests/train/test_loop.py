@@ -1,13 +1,16 @@
 import io
 import json
 import math
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from rlhf_fast.train import loop
+from rlhf_fast.train.checkpoint import to_json
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.record import Progress, RunLog, Stage
@@ -90,6 +93,19 @@ def test_means_average_since_the_last_look():
     assert means.take() == {"a": 2.0, "b": 4.0}
     means.add({"a": torch.tensor(7)})
     assert means.take() == {"a": 7.0}
+
+
+def test_means_can_be_saved_and_restored_to_the_bit():
+    means, again = loop.Means(), loop.Means()
+    for value in (0.1, float("nan"), 1e-30, float("inf")):
+        means.add({"a": torch.tensor(value), "b": torch.tensor(7), "c": torch.tensor(1 / 3, dtype=torch.bfloat16)})
+        again.restore(json.loads(to_json(means.state())), torch.device("cpu"))
+        assert str(again.state()) == str(means.state())
+    for both in (means, again):
+        both.add({"a": torch.tensor(0.2), "b": torch.tensor(1), "c": torch.tensor(0.5)})
+    assert str(again.take()) == str(means.take())
+    again.restore(loop.Means().state(), torch.device("cpu"))
+    assert again.state() == {"names": [], "rows": []}
 
 
 # ---------------------------------------------------------------------------------------------------------- step
@@ -192,6 +208,14 @@ def test_the_order_of_the_data_does_not_depend_on_what_was_sampled():
     assert torch.randperm(9, generator=first).equal(torch.randperm(9, generator=second))
 
 
+def test_everything_random_is_seeded():
+    def draws():
+        loop.seed_everything(2**40 + 3)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert draws() == draws()
+
+
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     [(0, 0, 0, 1), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1.0), (0, 10, 0, 0.2775)],
@@ -227,6 +251,15 @@ def test_progress_without_a_terminal_prints_the_first_and_the_last_line():
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2 and lines[0].startswith("sft  1/5") and lines[1].startswith("sft  5/5")
     assert lines[0].endswith("s left  loss 1") and lines[1].endswith("/s  0 s left  loss 5")
+
+
+def test_progress_after_a_kill_counts_its_own_steps_for_the_speed(monkeypatch):
+    clock, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("rlhf_fast.train.record.time.monotonic", lambda: clock[0])
+    progress = Progress("sft", 10, stream, before=6)
+    clock[0] = 2.0
+    progress.update(8, "x")
+    assert stream.getvalue() == "sft  8/10  1/s  2 s left  x\n"
 
 
 def test_progress_on_a_terminal_shows_a_bar(monkeypatch):
