@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlhf-fast: error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("\nrlhf-fast: interrupted; finished stages stay in the output directory", file=sys.stderr)
+        print("\nrlhf-fast: interrupted; the same command continues where it was", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rlhf_fast import dpo_loss
 from rlhf_fast.train import loop
-from rlhf_fast.train.checkpoint import claim_output, save_model
+from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, read_preferences, split_heldout
 from rlhf_fast.train.errors import UserError
@@ -28,6 +29,7 @@ from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.replies import Example, encode, reply_logprobs
+from rlhf_fast.train.resume import State, claim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,10 +90,15 @@ class Pair:
 
 
 def train(config: DPOConfig) -> Path:
-    """Run the stage and return its directory. UserError, before anything is written, if any input is wrong."""
+    """Run the stage, or what a killed process left of it, and return its directory.
+
+    UserError, before anything is written, if any input is wrong.
+    """
     validate(config)
     check(config)
-    out = claim_output(config.output_dir)
+    out, finished = claim("dpo", config)
+    if finished:
+        return out
     device = loop.pick_device(config.device)
     rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
@@ -114,12 +121,15 @@ def train(config: DPOConfig) -> Path:
     reference, heldout_reference = (logprobs_of(model, side, pad_id, config) for side in (pairs, heldout))
     lengths = [len(pair) for pair in pairs]
     epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
-    steps_per_epoch, total_steps = len(epochs[0]), sum(map(len, epochs))
+    batches = [batch for epoch in epochs for batch in epoch]
+    steps_per_epoch, total_steps = len(epochs[0]), len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
     optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
-    means, tokens = loop.Means(), 0
-    with Stage("dpo", config, out, total_steps, model.num_parameters(), device, data.as_dict()) as stage:
-        for step, rows in enumerate((batch for epoch in epochs for batch in epoch), 1):
+    means, so_far = loop.Means(), SimpleNamespace(tokens=0)
+    inputs = {"training rows": pairs, "held-out rows": heldout}
+    state = State({"model": model}, optimizer, order, so_far, inputs, means)
+    with Stage("dpo", config, out, total_steps, model.num_parameters(), device, data.as_dict(), state) as stage:
+        for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
             parts = loop.micro_batches(rows, lengths, config.micro_batch_size)
             stats = accumulate_gradient(model, pairs, reference, parts, pad_id, config)
@@ -132,11 +142,11 @@ def train(config: DPOConfig) -> Path:
                 where=f"dpo step {step}",
             )
             means.add(stats | {"grad_norm": norms["model"]})
-            tokens += sum(len(side.ids) for row in rows for side in pairs[row].both)
+            so_far.tokens += sum(len(side.ids) for row in rows for side in pairs[row].both)
             last_of_epoch = step % steps_per_epoch == 0
             if step % config.logging_steps == 0 or last_of_epoch:
-                metrics = means.take() | {"learning_rate": rate, "num_tokens": tokens, "epoch": step / steps_per_epoch}
-                metrics["tokens_per_second"] = tokens / stage.seconds
+                metrics = means.take() | {"learning_rate": rate, "epoch": step / steps_per_epoch}
+                metrics |= {"num_tokens": so_far.tokens, "tokens_per_second": so_far.tokens / stage.seconds}
                 if last_of_epoch and heldout:
                     metrics |= evaluate(model, heldout, heldout_reference, pad_id, config)
                 stage.log(step, metrics, show=("loss", "rewards/accuracies", "eval_rewards/accuracies"))

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
 from rlhf_fast.train import group, loop
-from rlhf_fast.train.checkpoint import claim_output, save_model, write_directory
+from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
@@ -29,6 +30,7 @@ from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
 from rlhf_fast.train.record import Stage
+from rlhf_fast.train.resume import State, claim
 from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, Scored, advantage, roll_out, score
 
 # Keys that a kind of advantage does not read.
@@ -103,14 +105,17 @@ class PPOConfig(loop.StageConfig):
 
 
 def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
-    """Run the stage and return its directory. UserError, before anything is written, if any input is wrong.
+    """Run the stage, or what a killed process left of it, and return its directory.
 
     reward: any function from replies to one number each, in place of `config.reward_model`; the value model is then
-    the policy's body under a head of zeros.
+    the policy's body under a head of zeros. What such a function remembers is not saved.
+    UserError, before anything is written, if any input is wrong.
     """
     validate(config)
     check(config, reward)
-    out = claim_output(config.output_dir)
+    out, finished = claim("ppo", config)
+    if finished:
+        return out
     device = loop.pick_device(config.device)
     rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows)
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
@@ -130,29 +135,32 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     each = replies_each(config)
     updates = max(1, (config.total_episodes or each * len(prompts)) // config.batch_size)
     optimizer = loop.adamw(models.trained.values(), weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
-    kl_coef, tokens, results = config.kl_coef, 0, {}
-    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, data.as_dict()) as stage:
-        for update, batch in enumerate(prompt_batches(len(prompts), config.batch_size // each, updates, order), 1):
-            batch = [row for row in batch for _ in range(each)]
+    so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], results={})
+    state = State(models.trained, optimizer, order, so_far, {"prompts": (prompts, queries)})
+    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, data.as_dict(), state) as stage:
+        left = prompt_batches(len(prompts), config.batch_size // each, updates - state.step, order, so_far.waiting)
+        for update, drawn in stage.steps(left):
+            batch = [row for row in drawn for _ in range(each)]
             rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
-            experience = collect(models, [prompts[i] for i in batch], [queries[i] for i in batch], kl_coef, config)
+            asked = [prompts[i] for i in batch], [queries[i] for i in batch]
+            experience = collect(models, *asked, so_far.kl_coef, config)
             stats = optimize(experience, models, optimizer, config, order, rate=rate, where=f"ppo update {update}")
-            episode, tokens = update * config.batch_size, tokens + sum(experience.scored.rollout.response_lengths)
+            episode = update * config.batch_size
+            so_far.tokens += sum(experience.scored.rollout.response_lengths)
             results = describe(experience, kl_estimator(config)) | stats
             if config.advantage != "gae":
                 results |= group.describe(experience.scored.scores, config.group_size)
             results |= {"lr": rate, "episode": episode, "epoch": episode / (each * len(prompts))}
-            results |= {"eps": episode / stage.seconds, "tokens_per_second": tokens / stage.seconds}
+            results |= {"eps": episode / stage.seconds, "tokens_per_second": so_far.tokens / stage.seconds}
             stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg"))
-            kl_coef = adapted(kl_coef, results["objective/kl"], config)
+            so_far.kl_coef, so_far.results = adapted(so_far.kl_coef, results["objective/kl"], config), results
         models.policy.generation_config = generation_config(
             models.tokenizer, config.response_length, config.temperature
         )
         if models.value is not None:
-            with write_directory(out / "value") as directory:
-                save_model(directory, models.value, models.tokenizer)
+            save_model(out / "value", models.value, models.tokenizer)
         save_model(out, models.policy, models.tokenizer)
-        stage.finish(results)
+        stage.finish(so_far.results)
     return out
 
 
@@ -242,14 +250,19 @@ def advantages_of(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantag
     )
 
 
-def prompt_batches(count: int, batch_size: int, updates: int, order: torch.Generator) -> Iterator[list[int]]:
-    """Numbers of prompts for each update; every prompt is used once before one is used again."""
-    waiting: list[int] = []
+def prompt_batches(
+    count: int, batch_size: int, updates: int, order: torch.Generator, waiting: list[int]
+) -> Iterator[list[int]]:
+    """Numbers of prompts for each update; every prompt is used once before one is used again.
+
+    waiting: those drawn and not yet used, kept up to date.
+    """
     for _ in range(updates):
         while len(waiting) < batch_size:
             waiting += torch.randperm(count, generator=order).tolist()
-        yield waiting[:batch_size]
+        batch = waiting[:batch_size]
         del waiting[:batch_size]
+        yield batch
 
 
 def optimize(

@@ -20,6 +20,7 @@ from rlhf_fast.train import sft
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.data import encode_prompt, encode_response, read_demonstrations, read_preferences
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.run import taken
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_pairs_are_replies_of_the_policy_ordered_by_annotators_with_noise(policy
 
 
 def test_the_settings_are_a_valid_run_on_one_thread(tmp_path):
-    config = settings(tmp_path, seed=9)
+    config = settings(tmp_path, DemoConfig(seed=9))
     assert (config.seed, config.threads, config.eval_prompts) == (9, 1, 512)
     assert config.ppo.temperature == config.reward.temperature and config.ppo.response_length == demo.REPLY_TOKENS
 
@@ -112,9 +113,19 @@ def test_a_directory_in_use_is_refused_and_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_second_demo_does_not_take_the_place_of_the_first(tmp_path):
-    place = tmp_path / "demo"
-    assert next_free(str(place)) == place
-    for taken in ("demo", "demo-2"):
-        (tmp_path / taken).mkdir()
-    assert next_free(str(place)) == tmp_path / "demo-3"
+def test_a_second_demo_does_not_take_the_place_of_the_first_unless_that_was_killed(tmp_path):
+    place, config = tmp_path / "demo", DemoConfig()
+    assert next_free(str(place), config) == place
+    for name in ("demo", "demo-2"):
+        (tmp_path / name).mkdir()
+    assert next_free(str(place), config) == tmp_path / "demo-3"
+    with taken(settings(tmp_path / "demo-2", config), tmp_path / "demo-2"):
+        pass
+    assert next_free(str(place), config) == tmp_path / "demo-2"
+    assert (
+        next_free(str(place), DemoConfig(seed=1))
+        == next_free(str(place), DemoConfig(resume=False))
+        == tmp_path / "demo-3"
+    )
+    (tmp_path / "demo-2" / "evaluation.json").write_text("{}")
+    assert next_free(str(place), config) == tmp_path / "demo-3"

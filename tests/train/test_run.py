@@ -111,7 +111,7 @@ def test_tokenizer_has_seen_no_heldout_prompt(finished, monkeypatch):
     monkeypatch.setattr(whole, "create_llama", lambda *_, **__: None)
     rows, _, _ = read_preferences(config.data, bad_rows="skip")
     train, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
-    whole.base_model(config, train)
+    whole.new_model(config, train)
     assert seen and not {row.prompt for row in heldout} & set(seen)
 
 
@@ -127,11 +127,15 @@ def test_results_load_with_plain_transformers(finished):
     assert AutoModelForSequenceClassification.from_pretrained(out / "reward").config.num_labels == 1
 
 
-def test_second_run_into_the_same_directory_is_refused(finished):
+def test_a_finished_run_is_left_alone_and_one_with_another_config_refused(finished, capsys):
     config, out = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert run(dataclasses.replace(config, save_every=7.0)) == out
+    assert f"run: finished in {out}, nothing is left to do" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"another config: seed \(was 0, now 1\), ppo.gamma \(was 1.0, now 0.5\)\. Set"):
+        run(dataclasses.replace(config, seed=1, ppo=dataclasses.replace(config.ppo, gamma=0.5)))
     with pytest.raises(UserError, match="already holds files"):
-        run(config)
+        run(dataclasses.replace(config, resume=False))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
@@ -140,8 +144,7 @@ def test_given_model_made_pairs_and_judge(finished, tmp_path):
     config, out = finished
     demonstrations = [{"prompt": row["prompt"], "response": row["chosen"]} for row in preference_rows()]
     output = tmp_path / "out"
-    output.mkdir()
-    data = write_rows(output / "demonstrations.jsonl", demonstrations)
+    data = output / "demonstrations.jsonl"
     asked = []
 
     def make_pairs(sft_dir: Path) -> Path:
@@ -153,7 +156,7 @@ def test_given_model_made_pairs_and_judge(finished, tmp_path):
 
     judge.name = "length"
     given = dataclasses.replace(config, model=str(out / "base"), data=str(data), output_dir=str(output))
-    run(given, make_pairs=make_pairs, judge=judge, claimed=True)
+    run(given, prepare=lambda: write_rows(data, demonstrations), make_pairs=make_pairs, judge=judge)
     assert asked == [output / "sft"]
     assert not (output / "base").exists()
     evaluation = read(output / "evaluation.json")
