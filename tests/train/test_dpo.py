@@ -190,6 +190,26 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path, bas
     assert weights("a", 1) == weights("b", 1) != weights("c", 2)
 
 
+def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(tmp_path, base, monkeypatch):
+    peace = train(config(tmp_path, base, output_dir=str(tmp_path / "peace"), num_train_epochs=1))
+    left, original = [4], dpo.accumulate_gradient
+
+    def stop(*given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    halted = config(tmp_path, base, num_train_epochs=1, save_every=0.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dpo, "accumulate_gradient", stop)
+        train(halted)
+    out = train(halted)
+    assert json.loads((out / "stage.json").read_text())["resumed_at"] == [4]
+    assert (out / "model.safetensors").read_bytes() == (peace / "model.safetensors").read_bytes()
+    assert tiny.read_log(out)[-1]["num_tokens"] == tiny.read_log(peace)[-1]["num_tokens"]
+
+
 def test_heldout_pairs_are_those_of_the_other_stages_and_not_trained_on(tmp_path, base, monkeypatch):
     sides, trained = {}, set()
     for stage in (sft, dpo):

@@ -235,6 +235,25 @@ def test_the_stage_raises_the_reward_and_makes_no_value_model(files, tmp_path, k
     assert json.loads((out / "stage.json").read_text())["config"]["advantage"] == kind
 
 
+def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(files, tmp_path):
+    given = {"advantage": "rloo", "group_size": 4, "total_episodes": 64, "save_every": 0.0}
+    peace = ppo.train(stage_config(files, tmp_path / "peace", **given), reward=share_of_a)
+    asked = []
+
+    def stop(samples):
+        asked.append(len(samples))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return share_of_a(samples)
+
+    halted = stage_config(files, tmp_path / "halted", **given)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(halted, reward=stop)
+    out = ppo.train(halted, reward=share_of_a)
+    assert json.loads((out / "stage.json").read_text())["resumed_at"] == [2]
+    assert (out / "model.safetensors").read_bytes() == (peace / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
