@@ -118,6 +118,7 @@ def train(config: DPOConfig) -> Path:
     data = DataSummary(config.data, rows_read, len(rows), len(pairs), len(heldout), bad_rows, *cut)
 
     pad_id = tokenizer.pad_token_id
+    loop.say(f"dpo: the reference reads {len(rows):,} pairs")
     reference, heldout_reference = (logprobs_of(model, side, pad_id, config) for side in (pairs, heldout))
     lengths = [len(pair) for pair in pairs]
     epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
