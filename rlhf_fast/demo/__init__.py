@@ -70,7 +70,7 @@ PPO = {
     "response_length": REPLY_TOKENS,
 }
 GROUPED = {
-    "grpo": {"advantage": "grpo", "kl_coef": 0.4},
+    "grpo": {"advantage": "grpo", "kl_coef": 0.4, "num_ppo_epochs": 2},
     "rloo": {"advantage": "rloo"},
 }
 DPO = {
