@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_fast.train import loop, ppo, reward, sft
+from rlhf_fast.train import loop, ppo, resume, reward, sft
 from rlhf_fast.train.checkpoint import (
     LOCK,
     WEIGHTS,
@@ -39,7 +39,6 @@ from rlhf_fast.train.loop import say
 from rlhf_fast.train.model import create_llama, load_policy
 from rlhf_fast.train.ppo import PPOConfig
 from rlhf_fast.train.report import write_report
-from rlhf_fast.train.resume import compare
 from rlhf_fast.train.reward import RewardConfig
 from rlhf_fast.train.sft import SFTConfig
 
@@ -136,6 +135,9 @@ def run(
     validate(config)
     out, finished = claim(config)
     if finished:
+        resume.claim(
+            "sft", stage_config(config, config.sft, model=config.model or out / "base", output_dir=out / "sft")
+        )
         say(f"run: finished in {out}, nothing is left to do")
         return out
     with ExitStack() as stack:
@@ -199,12 +201,12 @@ def _stages(
 def claim(config: RunConfig) -> tuple[Path, bool]:
     """The directory to write to, not made yet, and whether the run is finished there.
 
-    UserError if the directory holds anything but a run with this config.
+    UserError if the directory holds anything but a run with this config. Data and models are compared by the stages.
     """
     out = Path(config.output_dir)
     if not config.resume or not (out / CONFIG).is_file():
         return claim_output(out), False
-    compare({"config": to_dict(config)}, {"config": load_yaml(out / CONFIG)}, out)
+    resume.compare({"config": to_dict(config)}, {"config": load_yaml(out / CONFIG)}, out)
     return out, (out / EVALUATION).is_file()
 
 

@@ -154,6 +154,10 @@ def test_a_finished_stage_is_left_alone(world, capsys):
     assert capsys.readouterr().err == f"sft: finished in {place}, nothing is left to do\n"
     with pytest.raises(UserError, match=r"another config: learning_rate \(was 0.01, now 0.5\)"):
         world.stage("sft", **config, learning_rate=0.5)()
+    with pytest.raises(UserError, match="began with other inputs: 'model' has changed since"):
+        world.stage("sft", **config, model=str(place))()
+    with pytest.raises(UserError, match=r"nowhere cannot be read: No such file or directory"):
+        world.stage("sft", **config, data="nowhere")()
     with pytest.raises(UserError, match="already holds files"):
         world.stage("sft", **config, resume=False)()
     with pytest.raises(UserError, match="already holds files"):

@@ -134,6 +134,8 @@ def test_a_finished_run_is_left_alone_and_one_with_another_config_refused(finish
     assert f"run: finished in {out}, nothing is left to do" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"another config: seed \(was 0, now 1\), ppo.gamma \(was 1.0, now 0.5\)\. Set"):
         run(dataclasses.replace(config, seed=1, ppo=dataclasses.replace(config.ppo, gamma=0.5)))
+    with pytest.raises(UserError, match="sft belongs to a run that began with other inputs: 'model' has changed"):
+        run(dataclasses.replace(config, model=str(out / "sft")))
     with pytest.raises(UserError, match="already holds files"):
         run(dataclasses.replace(config, resume=False))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
