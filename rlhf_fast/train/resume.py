@@ -222,8 +222,10 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
         return claim_output(out), False
     if (out / FINISHED).is_file():
         summary = read_json(out / FINISHED)
-        if not isinstance(summary, dict) or summary.get("stage") != name or not isinstance(summary.get("inputs"), dict):
+        if not isinstance(summary, dict) or summary.get("stage") != name:
             return claim_output(out), False
+        if not all(isinstance(summary.get(key), dict) for key in ("config", "inputs")):
+            raise UserError(f"{out / FINISHED} does not say with what config and inputs it was made; remove {out}")
         compare({"config": to_dict(config), "inputs": sources(config)}, summary, out)
         if _begun(out):
             with contextlib.suppress(UserError), locked(out / LOCK):

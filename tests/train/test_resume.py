@@ -165,6 +165,13 @@ def test_a_finished_stage_is_left_alone(world, capsys):
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
 
 
+@pytest.mark.parametrize("summary", [{"stage": "sft"}, {"stage": "sft", "config": [], "inputs": {}}])
+def test_a_summary_without_its_config_is_refused(world, tmp_path, summary):
+    (tmp_path / "stage.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"stage.json does not say with what config and inputs it was made; remove"):
+        world.stage("sft", output_dir=str(tmp_path))()
+
+
 def test_a_killed_stage_is_not_continued_where_that_is_not_wanted(world, killed):
     end = kill.child(world.stage("sft", resume=False), copy_of(world, killed["sft"]))
     assert end.code == kill.REFUSED and "already holds files" in end.text
@@ -308,6 +315,19 @@ def test_the_newest_are_kept(tmp_path):
         checkpoints.save(RECORD)
     assert [path.name for path in resume.steps(tmp_path / "checkpoints")] == ["step-000004", "step-000005"]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-000004", "step-000005"}
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    _, checkpoints = small(tmp_path)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be written: .*No space left on device"):
+        checkpoints.save(RECORD)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_million_steps_are_in_order(tmp_path):
