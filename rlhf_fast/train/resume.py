@@ -227,9 +227,7 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
         if not all(isinstance(summary.get(key), dict) for key in ("config", "inputs")):
             raise UserError(f"{out / FINISHED} does not say with what config and inputs it was made; remove {out}")
         compare({"config": to_dict(config), "inputs": sources(config)}, summary, out)
-        if _begun(out):
-            with contextlib.suppress(UserError), locked(out / LOCK):
-                clear(out)
+        tidy(out)
         say(f"{name}: finished in {out}, nothing is left to do")
         return out, True
     return (out if _begun(out) else claim_output(out)), False
@@ -418,6 +416,13 @@ def steps(place: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
     found = {path: STEP.fullmatch(path.name) for path in place.iterdir()}
     return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
+
+
+def tidy(out: Path) -> None:
+    """Remove what is left of a process that was killed when all was finished."""
+    if (out / LOCK).exists() or (out / PLACE).exists():
+        with contextlib.suppress(UserError), locked(out / LOCK):
+            clear(out)
 
 
 def clear(out: Path) -> None:

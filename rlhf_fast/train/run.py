@@ -39,7 +39,7 @@ from rlhf_fast.train.loop import say
 from rlhf_fast.train.model import create_llama, load_policy
 from rlhf_fast.train.ppo import PPOConfig
 from rlhf_fast.train.report import write_report
-from rlhf_fast.train.resume import compare
+from rlhf_fast.train.resume import compare, tidy
 from rlhf_fast.train.reward import RewardConfig
 from rlhf_fast.train.sft import SFTConfig
 
@@ -137,6 +137,7 @@ def run(
     out, finished = claim(config)
     if finished:
         _stages(config, config.model or out / "base", make_pairs, judge)
+        tidy(out)
         say(f"run: finished in {out}, nothing is left to do")
         return out
     with ExitStack() as stack:

@@ -165,6 +165,18 @@ def test_a_finished_stage_is_left_alone(world, capsys):
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
 
 
+def test_what_is_left_of_a_process_that_was_killed_when_all_was_finished_goes(world, peaceful):
+    for stage in ("sft", "run"):
+        place = world.place / "late"
+        damage.shutil.rmtree(place, ignore_errors=True)
+        damage.shutil.copytree(world.place / "peace" / stage, place)
+        (place / "out" / LOCK).write_text("1 on elsewhere")
+        if stage == "sft":
+            (place / "out" / "checkpoints" / "step-000008").mkdir(parents=True)
+        assert kill.child(world.stage(stage), place).code == kill.FINISHED
+        assert not (place / "out" / LOCK).exists() and not (place / "out" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("summary", [{"stage": "sft"}, {"stage": "sft", "config": [], "inputs": {}}])
 def test_a_summary_without_its_config_is_refused(world, tmp_path, summary):
     (tmp_path / "stage.json").write_text(json.dumps(summary))
