@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -195,11 +195,14 @@ def _take(path: Path) -> TextIO:
             holder = file.read(100)
             file.close()
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+                raise UserError(
+                    f"{path} cannot be locked ({error.strerror}); give a directory on another disk"
+                ) from None
             raise UserError(f"{path.parent} is in use by process {holder}; wait for it or stop it") from None
         # Its holder may have removed the file between the two calls: then this is the lock of nothing.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()
 
 

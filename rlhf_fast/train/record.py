@@ -19,10 +19,10 @@ from typing import Any, TextIO, TypeVar
 import torch
 
 import rlhf_fast
-from rlhf_fast.train.checkpoint import digest, finite_json, remove_partials, write_file, write_json
+from rlhf_fast.train.checkpoint import finite_json, remove_partials, write_file, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.loop import StageConfig, say
-from rlhf_fast.train.resume import Checkpoints, Record, State, clear
+from rlhf_fast.train.resume import Checkpoints, Record, State, clear, sources
 
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 MOST_TIME_SAVING = 0.01  # share of a stage's time
@@ -122,7 +122,7 @@ class Stage:
         self._origin = {
             "stage": self.name,
             "config": to_dict(self.config),
-            "inputs": {"data": digest(self.config.data)} | self.state.digests(),
+            "inputs": sources(self.config) | self.state.digests(),
             "machine": {"device": str(self.device), "threads": torch.get_num_threads()} | versions(),
         }
         self._checkpoints = Checkpoints(self.out, self.state, self._origin, self.config.keep_checkpoints)

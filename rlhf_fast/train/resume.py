@@ -55,6 +55,7 @@ STATE, LOG, MANIFEST, OPTIMIZER = "state.json", "log.jsonl", "manifest.json", "o
 STEP = re.compile(r"step-(\d{6,})")
 DAMAGED = ".damaged"
 FINISHED = "stage.json"
+SHOWN = 5
 
 # Keys in which a run may differ from the one it continues. Of data and models the content is compared, not the path;
 # the others touch no weight. Everything else is refused: a longer run, for one, would have had another learning rate.
@@ -75,8 +76,8 @@ class Damaged(UserError):
 class State:
     """All that changes while a stage trains, and what it trains on.
 
-    so_far: the stage's own counters and results, as JSON knows them. inputs: what the loop reads, by a name that an
-    error message can use.
+    so_far: the stage's own counters and results, as JSON knows them. inputs: the rows that the loop reads, by a name that
+    an error message can use.
     """
 
     models: Mapping[str, nn.Module]
@@ -88,9 +89,8 @@ class State:
     step: int = 0
 
     def digests(self) -> dict[str, str]:
-        """Of the inputs, and of the models as they are now."""
-        read = {name: hashlib.sha256(repr(rows).encode()).hexdigest() for name, rows in self.inputs.items()}
-        return read | {name: _digest_of(model) for name, model in self.models.items()}
+        """Of the inputs."""
+        return {name: hashlib.sha256(repr(rows).encode()).hexdigest() for name, rows in self.inputs.items()}
 
     def files(self) -> list[str]:
         return [f"{name}.safetensors" for name in (*self.models, OPTIMIZER)]
@@ -159,14 +159,6 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return host
 
 
-def _digest_of(model: nn.Module) -> str:
-    sha = hashlib.sha256()
-    for name, tensor in _tensors_of(model).items():
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
 def _read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -230,15 +222,29 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
         return claim_output(out), False
     if (out / FINISHED).is_file():
         summary = read_json(out / FINISHED)
-        if not isinstance(summary, dict) or summary.get("stage") != name or "inputs" not in summary:
+        if not isinstance(summary, dict) or summary.get("stage") != name:
             return claim_output(out), False
-        compare({"config": to_dict(config), "inputs": {"data": digest(config.data)}}, summary, out)
-        if _begun(out):
-            with contextlib.suppress(UserError), locked(out / LOCK):
-                clear(out)
+        if not all(isinstance(summary.get(key), dict) for key in ("config", "inputs")):
+            raise UserError(f"{out / FINISHED} does not say with what config and inputs it was made; remove {out}")
+        compare({"config": to_dict(config), "inputs": sources(config)}, summary, out)
+        tidy(out)
         say(f"{name}: finished in {out}, nothing is left to do")
         return out, True
     return (out if _begun(out) else claim_output(out)), False
+
+
+def sources(config: StageConfig) -> dict[str, str]:
+    """Digests of the data and of the models that a config names; a model that is no directory stands for itself."""
+    models = {key: getattr(config, key, None) for key in ("model", "reward_model")}
+    try:
+        return {"data": digest(config.data)} | {key: _model_digest(name) for key, name in models.items() if name}
+    except OSError as error:
+        raise UserError(f"{error.filename or config.data} cannot be read: {error.strerror}") from None
+
+
+def _model_digest(name: str) -> str:
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    return " ".join(map(digest, files)) or name
 
 
 def _begun(out: Path) -> bool:
@@ -253,7 +259,8 @@ def compare(now: Mapping[str, Any], saved: Mapping[str, Any], where: Path) -> No
     config, before = flatten(now["config"]), flatten(saved["config"])
     keys = differing(config, before)
     if refused := [key for key, kind in keys.items() if kind != "rounding"]:
-        listing = ", ".join(f"{key} (was {before.get(key)}, now {config.get(key)})" for key in refused)
+        listing = ", ".join(f"{key} (was {before.get(key)}, now {config.get(key)})" for key in refused[:SHOWN])
+        listing += f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise UserError(
             f"{where} belongs to a run with another config: {listing}. Set it back, or give a new output_dir"
         )
@@ -409,6 +416,13 @@ def steps(place: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
     found = {path: STEP.fullmatch(path.name) for path in place.iterdir()}
     return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
+
+
+def tidy(out: Path) -> None:
+    """Remove what is left of a process that was killed when all was finished."""
+    if (out / LOCK).exists() or (out / PLACE).exists():
+        with contextlib.suppress(UserError), locked(out / LOCK):
+            clear(out)
 
 
 def clear(out: Path) -> None:

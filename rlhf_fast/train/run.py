@@ -40,15 +40,15 @@ from rlhf_fast.train.loop import say
 from rlhf_fast.train.model import create_llama, load_policy
 from rlhf_fast.train.ppo import PPOConfig
 from rlhf_fast.train.report import write_report
-from rlhf_fast.train.resume import compare
+from rlhf_fast.train.resume import compare, tidy
 from rlhf_fast.train.reward import RewardConfig
 from rlhf_fast.train.sft import SFTConfig
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
+STAGES = ("sft", "reward", "ppo", "dpo")
 SHARED = tuple(key.name for key in keys(loop.StageConfig))
 
 # The stages' own defaults are those published for pretrained models of a billion parameters. A small model that
@@ -145,13 +145,15 @@ def run(
     validate(config)
     out, finished = claim(config)
     if finished:
+        _stages(config, config.model or out / "base", make_pairs, judge)
+        tidy(out)
         say(f"run: finished in {out}, nothing is left to do")
         return out
     with ExitStack() as stack:
         if prepare is not None:
             stack.enter_context(taken(config, out))
             prepare()
-        device = loop.pick_device(config.device)
+        loop.pick_device(config.device)
         train, _ = read_split(config, read_preferences if make_pairs is None else read_demonstrations, config.data)
         start, fresh = config.model or out / "base", config.model is None and not (out / "base" / WEIGHTS).is_file()
         model, tokenizer = new_model(config, train) if fresh else load_policy(start, dtype=config.dtype)
@@ -169,17 +171,17 @@ def run(
             save_model(start, model, tokenizer)
             say(f"new model: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
         del model
-        _stages(config, start, device, make_pairs, judge)
+        _stages(config, start, make_pairs, judge)
     return out
 
 
 def _stages(
     config: RunConfig,
     start: str | Path,
-    device: torch.device,
     make_pairs: Callable[[Path], str | Path] | None,
     judge: Judge | None,
 ) -> None:
+    """Whatever is left of the stages, the evaluation and the report; each stage sees to it that it is still the same one."""
     out = Path(config.output_dir)
     sft_dir = sft.train(stage_config(config, config.sft, model=start, output_dir=out / "sft"))
     pairs = config.data if make_pairs is None else make_pairs(sft_dir)
@@ -194,6 +196,8 @@ def _stages(
     else:
         trained = dpo.train(stage_config(config, config.dpo, model=sft_dir, data=pairs, output_dir=out / "dpo"))
         sampling = {"response_length": config.dpo.max_response_tokens}
+    if (out / EVALUATION).is_file():
+        return
     say("evaluation: both policies answer the held-out prompts")
     _, prompts = read_split(config, read_prompts, config.data)
     _, preferences = read_split(config, read_preferences, pairs)
@@ -208,7 +212,7 @@ def _stages(
         max_prompt_tokens=last_stage(config).max_prompt_tokens,
         **sampling,
         seed=config.seed,
-        device=str(device),
+        device=str(loop.pick_device(config.device)),
     )
     write_json(out / EVALUATION, evaluation)
     write_report(out)
@@ -226,12 +230,14 @@ def needs_reward(config: RunConfig, judge: Judge | None) -> bool:
 def claim(config: RunConfig) -> tuple[Path, bool]:
     """The directory to write to, not made yet, and whether the run is finished there.
 
-    UserError if the directory holds anything but a run with this config.
+    UserError if the directory holds anything but a run with the same keys. Those of the stages are left to the stages: one
+    that has not begun may still be changed.
     """
     out = Path(config.output_dir)
     if not config.resume or not (out / CONFIG).is_file():
         return claim_output(out), False
-    compare({"config": to_dict(config)}, {"config": load_yaml(out / CONFIG)}, out)
+    now, before = ({k: v for k, v in x.items() if k not in STAGES} for x in (to_dict(config), load_yaml(out / CONFIG)))
+    compare({"config": now}, {"config": before}, out)
     return out, (out / EVALUATION).is_file()
 
 

@@ -440,14 +440,26 @@ def data_changed(case: Case) -> None:
     case.changes["data"] = str(case.out.parent / "changed.jsonl")
 
 
-@kind("began with other inputs: '(model|policy|training rows)' has changed")
+@kind("began with other inputs: '{key}' has changed")
 def model_changed(case: Case) -> None:
-    place = case.out.parent / "changed"
-    shutil.copytree(case.world.place / ("base" if case.stage == "sft" else "sft/out"), place)
+    place, key = case.out.parent / "changed", "model"
+    if case.stage == "ppo" and case.rng.random() < 0.5:
+        key = "reward_model"
+    shutil.copytree(case.world.place / {"sft": "base", "reward": "sft/out", "ppo": "sft/out"}[case.stage], place)
+    if key == "reward_model":
+        shutil.rmtree(place)
+        shutil.copytree(case.world.place / "reward/out", place)
     weights = load_file(place / "model.safetensors")
     name = case.rng.choice(sorted(name for name in weights if "lm_head" not in name))
     weights[name].view(-1)[case.rng.randrange(weights[name].numel())] += 0.5
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    case.changes[key] = str(place)
+
+
+@kind("same")
+def model_moved(case: Case) -> None:
+    place = case.out.parent / "moved"
+    shutil.copytree(case.world.place / ("base" if case.stage == "sft" else "sft/out"), place)
     case.changes["model"] = str(place)
 
 

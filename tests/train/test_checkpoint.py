@@ -163,6 +163,18 @@ def test_a_lock_removed_by_its_holder_is_not_taken_for_held(tmp_path, monkeypatc
         assert lock.exists()
 
 
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", none)
+    with (
+        pytest.raises(UserError, match=r"\.lock cannot be locked \(No locks available\); give a directory"),
+        locked(tmp_path / LOCK),
+    ):
+        pytest.fail("the body must not run")
+
+
 def test_json_survives_and_numbers_that_are_not_finite_become_text(tmp_path):
     write_json(tmp_path / "a.json", {"x": math.nan, "y": [math.inf, -math.inf, 1.5], "ü": (1, None, True)})
     assert read_json(tmp_path / "a.json") == {"x": "nan", "y": ["inf", "-inf", 1.5], "ü": [1, None, True]}

@@ -154,11 +154,34 @@ def test_a_finished_stage_is_left_alone(world, capsys):
     assert capsys.readouterr().err == f"sft: finished in {place}, nothing is left to do\n"
     with pytest.raises(UserError, match=r"another config: learning_rate \(was 0.01, now 0.5\)"):
         world.stage("sft", **config, learning_rate=0.5)()
+    with pytest.raises(UserError, match="began with other inputs: 'model' has changed since"):
+        world.stage("sft", **config, model=str(place))()
+    with pytest.raises(UserError, match=r"nowhere cannot be read: No such file or directory"):
+        world.stage("sft", **config, data="nowhere")()
     with pytest.raises(UserError, match="already holds files"):
         world.stage("sft", **config, resume=False)()
     with pytest.raises(UserError, match="already holds files"):
         world.stage("reward", **config)()
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_what_is_left_of_a_process_that_was_killed_when_all_was_finished_goes(world, peaceful):
+    for stage in ("sft", "run"):
+        place = world.place / "late"
+        damage.shutil.rmtree(place, ignore_errors=True)
+        damage.shutil.copytree(world.place / "peace" / stage, place)
+        (place / "out" / LOCK).write_text("1 on elsewhere")
+        if stage == "sft":
+            (place / "out" / "checkpoints" / "step-000008").mkdir(parents=True)
+        assert kill.child(world.stage(stage), place).code == kill.FINISHED
+        assert not (place / "out" / LOCK).exists() and not (place / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("summary", [{"stage": "sft"}, {"stage": "sft", "config": [], "inputs": {}}])
+def test_a_summary_without_its_config_is_refused(world, tmp_path, summary):
+    (tmp_path / "stage.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"stage.json does not say with what config and inputs it was made; remove"):
+        world.stage("sft", output_dir=str(tmp_path))()
 
 
 def test_a_killed_stage_is_not_continued_where_that_is_not_wanted(world, killed):
@@ -304,6 +327,19 @@ def test_the_newest_are_kept(tmp_path):
         checkpoints.save(RECORD)
     assert [path.name for path in resume.steps(tmp_path / "checkpoints")] == ["step-000004", "step-000005"]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-000004", "step-000005"}
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    _, checkpoints = small(tmp_path)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be written: .*No space left on device"):
+        checkpoints.save(RECORD)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_million_steps_are_in_order(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,11 +133,28 @@ def test_a_finished_run_is_left_alone_and_one_with_another_config_refused(finish
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert run(dataclasses.replace(config, save_every=7.0)) == out
     assert f"run: finished in {out}, nothing is left to do" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"another config: seed \(was 0, now 1\), ppo.gamma \(was 1.0, now 0.5\)\. Set"):
-        run(dataclasses.replace(config, seed=1, ppo=dataclasses.replace(config.ppo, gamma=0.5)))
+    with pytest.raises(UserError, match=r"another config: seed \(was 0, now 1\)\. Set it back"):
+        run(dataclasses.replace(config, seed=1))
+    with pytest.raises(UserError, match=r"ppo belongs to a run with another config: gamma \(was 1.0, now 0.5\)\. Set"):
+        run(dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, gamma=0.5)))
+    with pytest.raises(UserError, match="sft belongs to a run that began with other inputs: 'model' has changed"):
+        run(dataclasses.replace(config, model=str(out / "sft")))
     with pytest.raises(UserError, match="already holds files"):
         run(dataclasses.replace(config, resume=False))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_stage_that_has_not_begun_may_be_changed(finished, tmp_path):
+    """What stopped before PPO goes on as if PPO had had the new settings from the start."""
+    config, out = finished
+    for name in ("config.yaml", "base", "sft", "reward"):
+        copy = shutil.copytree if (out / name).is_dir() else shutil.copy
+        copy(out / name, tmp_path / name)
+    changed = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, kl_coef=0.7), output_dir=str(tmp_path))
+    assert run(changed) == tmp_path
+    assert read(tmp_path / "ppo" / "stage.json")["config"]["kl_coef"] == 0.7
+    assert configure(tmp_path / "config.yaml", {}) == changed
+    assert (tmp_path / "sft" / "log.jsonl").read_bytes() == (out / "sft" / "log.jsonl").read_bytes()
 
 
 def test_given_model_made_pairs_and_judge(finished, tmp_path):
