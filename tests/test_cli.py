@@ -73,7 +73,7 @@ def test_help_of_each_command_shows_its_example(capsys, name):
     assert max(map(len, out.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "dpo"])
 def test_help_of_a_stage_is_grouped_with_defaults_and_sources(capsys, name):
     out = " ".join(call(capsys, name, "--help")[1].split())
     assert "files: --model TEXT" in out
@@ -156,6 +156,9 @@ def test_unknown_yaml_key_gets_a_suggestion(capsys, tmp_path, pairs):
         (None, ["--sft.learning_rate", "0"], "sft: 'learning_rate' must be above 0, got 0.0"),
         (None, ["--ppo.gamma", "nan"], "ppo: 'gamma' must be a finite number, got nan"),
         (None, ["--ppo.num_mini_batches", "3", "--ppo.batch_size", "8"], "must be a multiple of 'num_mini_batches'"),
+        (None, ["--ppo.advantage", "grpo", "--ppo.lam", "0.5"], "'lam' means nothing with advantage grpo"),
+        (None, ["--algorithm", "dpo", "--dpo.label_smoothing", "0.7"], "'label_smoothing' must be below 0.5"),
+        (None, ["--algorithm", "rlhf"], "must be one of ppo, dpo"),
         (None, ["--heldout_fraction", "0"], "'heldout_fraction' must be above 0"),
         (None, ["--vocab_size", "100"], "'vocab_size' must be at least 259"),
         (None, ["--hidden_size", "30"], "hidden_size 30 must be a multiple of"),

@@ -1,4 +1,4 @@
-"""The demo: all three stages on a world small enough for a minute or two of one CPU core, with a judge who knows.
+"""The demo: all stages on a world small enough for a minute or two of one CPU core, with a judge who knows.
 
 `demonstrations.jsonl` holds mediocre replies, from which a new model of 110 thousand parameters learns to speak. It
 then answers prompts twice; annotators with noise choose the better reply; `pairs.jsonl` holds their choices. From
@@ -33,6 +33,7 @@ class DemoConfig:
         None,
         "new directory for everything the demo makes, or that of the demo to continue; none: runs/demo, demo-2, ...",
     )
+    algorithm: str = option("ppo", "what learns from the preferences", choices=("ppo", "grpo", "rloo", "dpo"))
     seed: int = option(0, "seed of everything random", minimum=0)
     resume: bool = option(True, "continue what was killed in output_dir; false: refuse a directory in use")
 
@@ -67,6 +68,17 @@ PPO = {
     "kl_coef": 0.05,
     "missing_eos": "subtract",
     "response_length": REPLY_TOKENS,
+}
+GROUPED = {
+    "grpo": {"advantage": "grpo", "kl_coef": 0.4, "num_ppo_epochs": 2},
+    "rloo": {"advantage": "rloo"},
+}
+DPO = {
+    "beta": 0.3,
+    "num_train_epochs": 2,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "max_response_tokens": REPLY_TOKENS,
 }
 
 
@@ -120,8 +132,9 @@ def settings(out: Path, config: DemoConfig) -> RunConfig:
     from rlhf_fast.train.run import RunConfig
 
     files = {"data": str(out / "demonstrations.jsonl"), "model": str(out / "base"), "output_dir": str(out)}
-    given = {"seed": config.seed, "resume": config.resume}
-    return from_dict(RunConfig, files | SHARED | given | {"sft": SFT, "reward": REWARD, "ppo": PPO})
+    given = {"seed": config.seed, "resume": config.resume, "algorithm": "dpo" if config.algorithm == "dpo" else "ppo"}
+    ppo = PPO | GROUPED.get(config.algorithm, {})
+    return from_dict(RunConfig, files | SHARED | given | {"sft": SFT, "reward": REWARD, "ppo": ppo, "dpo": DPO})
 
 
 def write_demonstrations(path: Path, *, seed: int, count: int) -> Path:

@@ -1,4 +1,4 @@
-"""All three stages in a row: base model → SFT → reward model → PPO → evaluation → report, in one directory.
+"""All stages in a row: base model → SFT → reward model → PPO, or DPO → evaluation → report, in one directory.
 
 Everything a user can get wrong is checked before the first file is written and the first step is trained.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_fast.train import loop, ppo, reward, sft
+from rlhf_fast.train import dpo, loop, ppo, reward, sft
 from rlhf_fast.train.checkpoint import (
     LOCK,
     WEIGHTS,
@@ -34,6 +34,7 @@ from rlhf_fast.train.data import (
     split_heldout,
     train_tokenizer,
 )
+from rlhf_fast.train.dpo import DPOConfig
 from rlhf_fast.train.evaluate import Judge, compare_policies
 from rlhf_fast.train.loop import say
 from rlhf_fast.train.model import create_llama, load_policy
@@ -70,16 +71,23 @@ FROM_SCRATCH: dict[str, Any] = {
         "kl_coef": 0.1,
         "max_prompt_tokens": 128,
     },
+    "dpo": {"num_train_epochs": 1, "batch_size": 16, "learning_rate": 1e-4},
 }
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """SFT, reward model and PPO in a row from one preference file."""
+    """SFT, then a reward model and PPO, or DPO, from one preference file."""
 
     data: str = required("preference file: JSONL, plain or gzipped", group="files")
     output_dir: str = required("new directory for everything the run makes, or that of the run to continue")
     model: str | None = option(None, "directory (or Hugging Face name) to start from; none: a small new Llama")
+    algorithm: str = option(
+        "ppo",
+        "what learns from the preferences: ppo (also grpo and rloo, see ppo.advantage) from a reward model, or dpo from the "
+        "pairs themselves; the reward model then only judges",
+        choices=("ppo", "dpo"),
+    )
     bad_rows: str = option("stop", "what to do with rows that cannot be used", choices=("stop", "skip"))
     heldout_fraction: float = option(
         0.2, "share of prompts that no stage trains on; results are measured on them", above=0, maximum=0.9
@@ -104,6 +112,7 @@ class RunConfig:
     sft: SFTConfig = part(SFTConfig, "supervised fine-tuning", filled=SHARED)  # noqa: RUF009 (part returns a field)
     reward: RewardConfig = part(RewardConfig, "reward model", filled=SHARED)  # noqa: RUF009
     ppo: PPOConfig = part(PPOConfig, "PPO", filled=(*SHARED, "reward_model"))  # noqa: RUF009
+    dpo: DPOConfig = part(DPOConfig, "DPO", filled=SHARED)  # noqa: RUF009
 
 
 def configure(yaml_path: str | Path | None, flags: Mapping[str, Any]) -> RunConfig:
@@ -148,10 +157,13 @@ def run(
         train, _ = read_split(config, read_preferences if make_pairs is None else read_demonstrations, config.data)
         start, fresh = config.model or out / "base", config.model is None and not (out / "base" / WEIGHTS).is_file()
         model, tokenizer = new_model(config, train) if fresh else load_policy(start, dtype=config.dtype)
-        for stage in (config.sft, config.reward, config.ppo):
+        for stage in (config.sft, *([config.reward] if needs_reward(config, judge) else []), last_stage(config)):
             validate(stage_config(config, stage))
             check_context(stage, model, tokenizer)
-        ppo.check(stage_config(config, config.ppo), None)
+        if config.algorithm == "ppo":
+            ppo.check(stage_config(config, config.ppo), None)
+        else:
+            dpo.check(config.dpo)
 
         if prepare is None:
             stack.enter_context(taken(config, out))
@@ -173,10 +185,17 @@ def _stages(
     out = Path(config.output_dir)
     sft_dir = sft.train(stage_config(config, config.sft, model=start, output_dir=out / "sft"))
     pairs = config.data if make_pairs is None else make_pairs(sft_dir)
-    reward_dir = reward.train(stage_config(config, config.reward, model=sft_dir, data=pairs, output_dir=out / "reward"))
-    ppo_dir = ppo.train(
-        stage_config(config, config.ppo, model=sft_dir, reward_model=reward_dir, output_dir=out / "ppo")
-    )
+    reward_dir = None
+    if needs_reward(config, judge):
+        places = {"model": sft_dir, "data": pairs, "output_dir": out / "reward"}
+        reward_dir = reward.train(stage_config(config, config.reward, **places))
+    if config.algorithm == "ppo":
+        places = {"model": sft_dir, "reward_model": reward_dir, "output_dir": out / "ppo"}
+        trained = ppo.train(stage_config(config, config.ppo, **places))
+        sampling = {"response_length": config.ppo.response_length, "temperature": config.ppo.temperature}
+    else:
+        trained = dpo.train(stage_config(config, config.dpo, model=sft_dir, data=pairs, output_dir=out / "dpo"))
+        sampling = {"response_length": config.dpo.max_response_tokens}
     if (out / EVALUATION).is_file():
         return
     say("evaluation: both policies answer the held-out prompts")
@@ -184,20 +203,28 @@ def _stages(
     _, preferences = read_split(config, read_preferences, pairs)
     evaluation = compare_policies(
         sft_dir,
-        ppo_dir,
+        trained,
         list(dict.fromkeys(row.prompt for row in prompts))[: config.eval_prompts],
         judge,
         reward_dir=reward_dir,
         preferences=preferences,
-        kl=read_json(ppo_dir / "stage.json")["results"].get("objective/kl"),
-        max_prompt_tokens=config.ppo.max_prompt_tokens,
-        response_length=config.ppo.response_length,
-        temperature=config.ppo.temperature,
+        kl=read_json(trained / "stage.json")["results"].get("objective/kl"),
+        max_prompt_tokens=last_stage(config).max_prompt_tokens,
+        **sampling,
         seed=config.seed,
         device=str(loop.pick_device(config.device)),
     )
     write_json(out / EVALUATION, evaluation)
     write_report(out)
+
+
+def last_stage(config: RunConfig) -> PPOConfig | DPOConfig:
+    return config.ppo if config.algorithm == "ppo" else config.dpo
+
+
+def needs_reward(config: RunConfig, judge: Judge | None) -> bool:
+    """Whether a reward model is trained: to be optimised, or to judge where nobody else does."""
+    return config.algorithm == "ppo" or judge is None
 
 
 def claim(config: RunConfig) -> tuple[Path, bool]:

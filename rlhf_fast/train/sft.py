@@ -20,11 +20,12 @@ from torch import Tensor
 from rlhf_fast.train import loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
-from rlhf_fast.train.data import DataSummary, collate, read_demonstrations, split_heldout
+from rlhf_fast.train.data import DataSummary, read_demonstrations, split_heldout
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy
-from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head
 from rlhf_fast.train.record import Stage
+from rlhf_fast.train.replies import Example, encode, reply_logprobs
 from rlhf_fast.train.resume import State, claim
 
 if TYPE_CHECKING:
@@ -53,14 +54,6 @@ class SFTConfig(loop.StageConfig):
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this; 0: never", minimum=0)
     logging_steps: int = option(10, "updates between two lines of the log", minimum=1)
     full_logits: bool = option(False, FULL_LOGITS)
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of a prompt and its reply; what is learnt begins at `start`."""
-
-    ids: list[int]
-    start: int
 
 
 def train(config: SFTConfig) -> Path:
@@ -135,11 +128,6 @@ def train(config: SFTConfig) -> Path:
     return out
 
 
-def encode(encoder: loop.Encoder, prompt: str, response: str) -> Example:
-    prompt_ids = encoder.prompt(prompt)
-    return Example(prompt_ids + encoder.response(response), start=len(prompt_ids))
-
-
 def accumulate_gradient(
     model: PreTrainedModel, parts: Sequence[Sequence[Example]], pad_id: int, full_logits: bool = False
 ) -> dict[str, Tensor]:
@@ -164,16 +152,3 @@ def evaluate(
     for rows in loop.length_batches([len(example.ids) for example in examples], batch_size, generator=None):
         total -= reply_logprobs(model, [examples[row] for row in rows], pad_id, full_logits)[0].sum()
     return (total / sum(len(example.ids) - example.start for example in examples)).item()
-
-
-def reply_logprobs(
-    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, full_logits: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [B, T] of the last T columns, which hold all replies; 0 where there is no reply."""
-    ids, mask = (x.to(model.device) for x in collate([example.ids for example in examples], pad_id, side="right"))
-    starts = torch.tensor([example.start for example in examples], device=model.device)
-    first = min(example.start for example in examples)
-    columns = torch.arange(first, ids.shape[1], device=model.device)
-    response_mask = mask[:, first:] & (columns >= starts[:, None])
-    options = {"with_entropy": True, "full_logits": full_logits}
-    return response_logprobs(model, ids, mask, len(columns), response_mask=response_mask, **options)

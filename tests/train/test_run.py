@@ -183,6 +183,24 @@ def test_given_model_made_pairs_and_judge(finished, tmp_path):
     assert read(output / "reward" / "stage.json")["config"]["data"] == str(output / "pairs.jsonl")
 
 
+def test_dpo_takes_the_place_of_ppo_and_the_reward_model_judges_only_where_nobody_else_does(finished, tmp_path):
+    config, out = finished
+    settings = {"batch_size": 16, "num_train_epochs": 1, "max_response_tokens": 24}
+    given = to_dict(config) | {"model": str(out / "sft"), "algorithm": "dpo", "dpo": settings}
+    made = run(from_dict(RunConfig, given | {"output_dir": str(tmp_path / "own")}))
+    evaluation = read(made / "evaluation.json")
+    assert evaluation["judge_is_training_reward"] and evaluation["kl"] is None and not (made / "ppo").exists()
+    assert read(made / "dpo" / "stage.json")["config"]["model"] == str(made / "sft")
+    assert read(made / "report.json")["headline"]["preference_accuracy"]["value"] >= 0
+
+    def judge(samples):
+        return [float(len(sample.response)) for sample in samples]
+
+    made = run(from_dict(RunConfig, given | {"output_dir": str(tmp_path / "other")}), judge=judge)
+    assert not (made / "reward").exists() and not read(made / "evaluation.json")["judge_is_training_reward"]
+    assert {name for name in ("sft", "dpo", "report.html") if (made / name).exists()} == {"sft", "dpo", "report.html"}
+
+
 # ---------------------------------------------------------------- config
 
 
