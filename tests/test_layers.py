@@ -15,6 +15,7 @@ LAYERS = [
     "train.config",
     "train.data",
     "train.model",
+    "train.policy",
     "train.generate",
     "train.checkpoint",
     "train.record",
