@@ -32,6 +32,19 @@ struct LogitRows {
   HOST_DEVICE int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
 };
 
+inline LogitRows logit_rows(const Tensor& logits) {
+  const int64_t batch_dims = logits.dim() - 1;
+  LogitRows rows;
+  rows.vocab = rows.whole = logits.size(batch_dims);
+  for (int64_t d = 0; d < batch_dims; ++d) rows.rows *= logits.size(d);
+  if (batch_dims >= 1) {
+    rows.inner = logits.size(batch_dims - 1) > 0 ? logits.size(batch_dims - 1) : 1;
+    rows.inner_stride = logits.stride(batch_dims - 1);
+  }
+  if (batch_dims == 2) rows.outer_stride = logits.stride(0);
+  return rows;
+}
+
 template <class A>
 struct LogitMap {  // x -> z, for one row
   A slope;         // dz/dx at 0: logit_scale / tau
@@ -46,9 +59,12 @@ struct LogprobOptions {
   Mask mask;  // a weight a row
 
   template <class A>
+  HOST_DEVICE double tau(int64_t row) const {
+    return temperature ? static_cast<double>(static_cast<const A*>(temperature)[row]) : temperature_value;
+  }
+  template <class A>
   HOST_DEVICE LogitMap<A> map(int64_t row) const {
-    const double tau = temperature ? static_cast<double>(static_cast<const A*>(temperature)[row]) : temperature_value;
-    const double slope = logit_scale / tau;
+    const double tau = this->tau<A>(row), slope = logit_scale / tau;
     if (softcap == 0) return {static_cast<A>(slope), A(0), A(0)};
     return {static_cast<A>(slope), static_cast<A>(softcap / tau), static_cast<A>(logit_scale / softcap)};
   }
@@ -267,15 +283,9 @@ inline LogprobCall logprob_call(const char* op, const Tensor& logits_, const Ten
 
   LogprobCall call{vocab <= 1 || logits_.stride(batch_dims) == 1 ? logits_ : dense(logits_), dense(labels)};
   call.long_labels = labels.scalar_type() == ScalarType::Long;
-  call.rows.rows = labels.numel();
-  call.rows.vocab = vocab;
+  call.rows = logit_rows(call.logits);
   call.rows.start = slice.start;
   call.rows.whole = slice.whole;
-  if (batch_dims >= 1) {
-    call.rows.inner = logits_.size(batch_dims - 1) > 0 ? logits_.size(batch_dims - 1) : 1;
-    call.rows.inner_stride = call.logits.stride(batch_dims - 1);
-  }
-  if (batch_dims == 2) call.rows.outer_stride = call.logits.stride(0);
 
   call.temperature = dense_temperature(op, temperature, labels, accumulate_type(call.logits));
   call.mask = contiguous_mask(op, mask, "labels", labels);
@@ -299,7 +309,8 @@ inline LogprobOutputs logprob_outputs(const LogprobCall& call, bool with_entropy
 }
 
 // Where the gradient goes: a new contiguous tensor, or over the logits. `rows` describes the target.
-inline Tensor gradient_target(const char* op, const LogprobCall& call, const Tensor& logits, bool inplace, LogitRows& rows) {
+inline Tensor gradient_target(const char* op, const LogprobCall& call, const Tensor& logits, bool inplace, LogitRows& rows,
+                              const char* argument = "inplace_backward") {
   rows = call.rows;
   if (!inplace) {
     Tensor target = empty(logits, logits.sizes());
@@ -311,8 +322,8 @@ inline Tensor gradient_target(const char* op, const LogprobCall& call, const Ten
   const bool apart = one_row || (rows.inner_stride >= rows.vocab && (rows.rows <= rows.inner || rows.outer_stride >= rows.inner_stride * rows.inner)) ||
                      (rows.outer_stride >= rows.vocab && rows.inner_stride >= rows.outer_stride * (rows.rows / rows.inner)) ;
   CHECK_VALUE(rows.vocab <= 1 || logits.stride(logits.dim() - 1) == 1, op,
-              ": `inplace_backward` needs logits whose last stride is 1, got ", logits.stride(logits.dim() - 1));
-  CHECK_VALUE(apart, op, ": `inplace_backward` needs rows that do not share memory; these `logits` are expanded or overlap");
+              ": `", argument, "` needs logits whose last stride is 1, got ", logits.stride(logits.dim() - 1));
+  CHECK_VALUE(apart, op, ": `", argument, "` needs rows that do not share memory; these `logits` are expanded or overlap");
   return logits;
 }
 
@@ -456,8 +467,8 @@ CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumula
   return total;
 }
 
-template <bool kCapped, bool kEntropy, class T>
-CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, RowGradient<kCapped, kEntropy, accumulate_t<T>> gradient) {
+template <class Gradient, class T>
+CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, Gradient gradient) {
   for_lanes(x, vocab, [&](int64_t first, LogitLanes<T> lanes, auto) ALWAYS_INLINE {
     for_constants<LogitLanes<T>::kParts>([&](auto part) ALWAYS_INLINE { lanes.part[part] = gradient(lanes.part[part], accumulate_t<T>(0)); });
     if (first >= 0) return lanes.store(dx + first);
@@ -465,6 +476,15 @@ CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, RowGradient<kCapp
     lanes.store(row);
     memcpy(static_cast<void*>(dx), row - first, sizeof(T) * vocab);
   });
+}
+
+// `place`: of the label, which may lie outside a slice.
+template <class Gradient, class T, class A>
+void row_gradient_with_label(const T* x, T* dx, int64_t vocab, int64_t place, const Gradient& gradient, A a) {
+  const bool has_label = place >= 0 && place < vocab;
+  const A at_label = has_label ? static_cast<A>(x[place]) : A(0);  // before an in-place write
+  row_gradient(x, dx, vocab, gradient);
+  if (has_label) dx[place] = narrow<T>(gradient(at_label, a));
 }
 
 // Refused here, on one thread: an exception thrown inside parallel_for would lose its text.
@@ -550,9 +570,9 @@ inline void slice_statistics(const char* op, const LogprobCall& call, bool with_
   });
 }
 
-inline Tensor gather_logprobs_backward_into(const char* op, bool inplace, const OptionalTensor& grad_logprobs,
-                                            const OptionalTensor& grad_entropy, const Tensor& logits, const LogprobCall& call,
-                                            const Tensor& stats) {
+inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
+                                            const Tensor& logits, const LogprobCall& call, const Tensor& stats,
+                                            const char* op = "gather_logprobs") {
   check_stats(op, stats, call);
   check_rows(op, call);
   const UpstreamGradients up = upstream(op, grad_logprobs, grad_entropy, call);
@@ -579,13 +599,8 @@ inline Tensor gather_logprobs_backward_into(const char* op, bool inplace, const 
           memset(static_cast<void*>(target_row), 0, sizeof(T) * call.rows.vocab);
           return;
         }
-        const T* logits_row = x + call.rows.offset(row);
-        const int64_t place = label - call.rows.start;
-        const bool has_label = place >= 0 && place < call.rows.vocab;
-        const A at_label = has_label ? static_cast<A>(logits_row[place]) : A(0);  // before an in-place write
         const Gradient gradient(call.options.map<A>(row), stats_in[row], a, b);
-        row_gradient(logits_row, target_row, call.rows.vocab, gradient);
-        if (has_label) target_row[place] = narrow<T>(gradient(at_label, a));
+        row_gradient_with_label(x + call.rows.offset(row), target_row, call.rows.vocab, label - call.rows.start, gradient, a);
       });
     };
     const bool has_entropy = up.entropy.has_value();
@@ -682,19 +697,21 @@ constexpr int kRowThreads = 256;
 // Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; 128 for double.
 template <int kThreads, bool kCapped, class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 2 : kThreads == kWarp ? 6 : kCapped ? 3 : 4;
+template <bool kCapped, class T>
+constexpr int kInFlight = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs a thread
 constexpr int kPiecePacks = 16 * kRowThreads;  // of the backward, at most: enough work to pay for a block's start
 
-// The sums of one row by kThreads threads, to the first of them.
+// The sums of one row, read by a warp (kThreads == 32) or a whole block; to thread 0 of it.
 template <int kThreads, bool kCapped, bool kEntropy, class T>
-__device__ SoftmaxSums row_sums(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map, int lane) {
+__device__ SoftmaxSums read_row(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map) {
   using A = accumulate_t<T>;
-  constexpr int kUnroll = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs in flight a thread
+  constexpr int kUnroll = kInFlight<kCapped, T>;
   const A slope = kCapped ? A(1) : map.slope, scale = slope * static_cast<A>(kLog2E);
   const T fill = static_cast<T>(-std::numeric_limits<float>::infinity());
   const RowReader<T> reader(x, vocab);
   const int packs_in_row = static_cast<int>((vocab + kPack<T> - 1) / kPack<T>);
   ThreadSums<A> mine;
-  for (int pack = lane; pack < packs_in_row; pack += kThreads * kUnroll) {
+  for (int pack = threadIdx.x % kThreads; pack < packs_in_row; pack += kThreads * kUnroll) {
     Granule packs[kUnroll];
     reader.load(pack, kThreads, fill, packs);
     mine.template add<T, kCapped, kEntropy>(packs, map, scale, [&](int u) { return reader.inside(pack + u * kThreads); });
@@ -705,7 +722,7 @@ __device__ SoftmaxSums row_sums(const T* x, int64_t vocab, const LogitMap<accumu
   return {total.sum == 0 ? kMinusInfinity : static_cast<double>(max), total.sum, total.dot};
 }
 
-// One row by a warp (several rows a block) or a whole block.
+// One row by kThreads threads: a warp (several rows a block) or a whole block.
 template <int kThreads, bool kCapped, bool kEntropy, class T>
 __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, kCapped, T>)
     gather_logprobs_kernel(const T* logits,                   // rows of V, as `rows` says
@@ -717,7 +734,6 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   using A = accumulate_t<T>;
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x);
   if (row >= rows.rows) return;  // whole warps leave together, and only where no block barrier follows
-  const int lane = threadIdx.x % kThreads;
   const int64_t label = LogprobCall::label(labels, long_labels, row);
   const double weight = options.mask[row];
   const bool ignored = label == options.ignore_index;
@@ -725,8 +741,8 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   const T* x = logits + rows.offset(row);
 
   RowStats<A> row_stats{};
-  if (!ignored && weight != 0) row_stats = finish_row<A>(row_sums<kThreads, kCapped, kEntropy>(x, rows.vocab, map, lane));
-  if (lane != 0) return;
+  if (!ignored && weight != 0) row_stats = finish_row<A>(read_row<kThreads, kCapped, kEntropy>(x, rows.vocab, map));
+  if (threadIdx.x % kThreads != 0) return;
   stats[row] = row_stats;
   write_row<kCapped>(x, row_stats, map, label, rows.vocab, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
 }
@@ -739,14 +755,13 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   using A = accumulate_t<T>;
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x);
   if (row >= rows.rows) return;
-  const int lane = threadIdx.x % kThreads;
   const int64_t label = LogprobCall::label(labels, long_labels, row);
   const bool asked = label != options.ignore_index && options.mask[row] != 0;
   const LogitMap<A> map = options.map<A>(row);
   const T* x = logits + rows.offset(row);
   SoftmaxSums sums = kNothingSummed;
-  if (asked) sums = row_sums<kThreads, kCapped, kEntropy>(x, rows.vocab, map, lane);
-  if (lane != 0 || !(asked || fresh)) return;
+  if (asked) sums = read_row<kThreads, kCapped, kEntropy>(x, rows.vocab, map);
+  if (threadIdx.x % kThreads != 0 || !(asked || fresh)) return;
   RowStatistics total = fresh ? no_statistics() : statistics[row];
   if (asked) {
     merge(total.sums, sums, kCapped ? 1.0 : static_cast<double>(map.slope));
@@ -755,61 +770,76 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   statistics[row] = total;
 }
 
-// A row by a warp, or cut into `pieces` blocks of `piece_packs` packs. Packs are counted from the first 16-byte boundary of the
-// target, so that they are stored whole wherever the row lies; what stands before and after them is written element by
-// element by the first piece.
+// The gradient of a row, written by a warp or by a block; cut into pieces of `piece_packs` packs. Packs are counted from the
+// first 16-byte boundary of the target, so that they are stored whole wherever the row lies; what stands before and after them
+// is written element by element by the first piece.
+template <int kThreads, class T>
+struct TargetRow {
+  using A = accumulate_t<T>;
+  T* dx;
+  int64_t head, tail, edge;  // edge: this thread's element before or after the packs, fewer than there are lanes
+  int pack, end;             // its first pack, and where the piece ends
+  bool has_edge;
+
+  __device__ TargetRow(T* dx, int64_t vocab, int piece, int piece_packs) : dx(dx) {
+    const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(dx) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
+    head = to_boundary < vocab ? to_boundary : vocab;
+    const int packs_in_row = static_cast<int>((vocab - head) / kPack<T>);
+    tail = head + int64_t(packs_in_row) * kPack<T>;
+    const int lane = threadIdx.x % kThreads;
+    edge = lane < head ? lane : tail + lane - head;
+    has_edge = piece == 0 && edge < vocab;
+    const int piece_end = (piece + 1) * piece_packs;
+    end = piece_end < packs_in_row ? piece_end : packs_in_row;
+    pack = piece * piece_packs + lane;
+  }
+
+  __device__ void zeros() const {
+    if (has_edge) dx[edge] = static_cast<T>(0.0f);
+    for (int p = pack; p < end; p += kThreads) stream_store(dx + head + int64_t(p) * kPack<T>, Granule{});
+  }
+
+  template <int kUnroll, class Gradient>
+  __device__ void write(const T* x, int64_t place, const Gradient& gradient, A a) const {
+    if (has_edge) dx[edge] = narrow<T>(gradient(static_cast<A>(x[edge]), edge == place ? a : A(0)));
+    const RowReader<T> reader(x, tail, head);
+    for (int p = pack; p < end; p += kThreads * kUnroll) {
+      Granule packs[kUnroll];
+      reader.load(p, kThreads, static_cast<T>(0.0f), packs);
+      UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        if (p + u * kThreads >= end) break;
+        const int64_t first = head + (int64_t(p) + u * kThreads) * kPack<T>;
+        const bool has_label = static_cast<uint64_t>(place) - static_cast<uint64_t>(first) < kPack<T>;
+        const A at_label = has_label ? static_cast<A>(x[place]) : A(0);  // before an in-place write
+        T g[kPack<T>];
+        UNROLL
+        for (int i = 0; i < kPack<T>; ++i) g[i] = narrow<T>(gradient(element<T>(packs[u], i), A(0)));
+        stream_store(dx + first, granule_of(g));
+        if (has_label) dx[place] = narrow<T>(gradient(at_label, a));  // by the thread that has stored the pack: one place to pay for it
+      }
+    }
+  }
+};
+
+// A row by a warp, or cut into `pieces` blocks.
 template <int kThreads, bool kCapped, class T>
 __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, kCapped, T>)
     gather_logprobs_backward_kernel(const T* logits, T* target, const void* labels, bool long_labels, LogitRows rows, LogitRows target_rows,
                                     LogprobOptions options, const accumulate_t<T>* grad_logprobs, const accumulate_t<T>* grad_entropy,
                                     const RowStats<accumulate_t<T>>* stats, int pieces, int piece_packs) {
   using A = accumulate_t<T>;
-  constexpr int kUnroll = sizeof(T) == 8 || kCapped ? 2 : 4;
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x / pieces);
   if (row >= rows.rows) return;
-  const int piece = kThreads == kWarp ? 0 : blockIdx.x % pieces, lane = threadIdx.x % kThreads;
   const int64_t label = LogprobCall::label(labels, long_labels, row);
   const double weight = options.mask[row];
   // A label outside the vocabulary has no gradient: say so in its row rather than give half of one.
   const A a = rows.knows(label) ? static_cast<A>(weight * UpstreamGradients::read(grad_logprobs, row)) : std::numeric_limits<A>::quiet_NaN();
   const A b = static_cast<A>(weight * UpstreamGradients::read(grad_entropy, row));
-  const bool zero = label == options.ignore_index || weight == 0 || (a == 0 && b == 0);
-  const int64_t place = label - rows.start;
-  T* dx = target + target_rows.offset(row);
-  const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(dx) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
-  const int64_t head = to_boundary < rows.vocab ? to_boundary : rows.vocab;
-  const int packs_in_row = static_cast<int>((rows.vocab - head) / kPack<T>);
-  const int64_t tail = head + int64_t(packs_in_row) * kPack<T>;
-  const int64_t edge = lane < head ? lane : tail + lane - head;  // elements before and after the packs, fewer than there are lanes
-  const bool has_edge = piece == 0 && edge < rows.vocab;
-  const int piece_end = (piece + 1) * piece_packs, end = piece_end < packs_in_row ? piece_end : packs_in_row;
-  int pack = piece * piece_packs + lane;
-  if (zero) {
-    if (has_edge) dx[edge] = static_cast<T>(0.0f);
-    for (; pack < end; pack += kThreads) stream_store(dx + head + int64_t(pack) * kPack<T>, Granule{});
-    return;
-  }
-
-  const T* x = logits + rows.offset(row);
+  const TargetRow<kThreads, T> to(target + target_rows.offset(row), rows.vocab, kThreads == kWarp ? 0 : blockIdx.x % pieces, piece_packs);
+  if (label == options.ignore_index || weight == 0 || (a == 0 && b == 0)) return to.zeros();
   const RowGradient<kCapped, true, A> gradient(options.map<A>(row), stats[row], a, b);
-  if (has_edge) dx[edge] = narrow<T>(gradient(static_cast<A>(x[edge]), edge == place ? a : A(0)));
-  const RowReader<T> reader(x, tail, head);
-  for (; pack < end; pack += kThreads * kUnroll) {
-    Granule packs[kUnroll];
-    reader.load(pack, kThreads, static_cast<T>(0.0f), packs);
-    UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
-      if (pack + u * kThreads >= end) break;
-      const int64_t first = head + (int64_t(pack) + u * kThreads) * kPack<T>;
-      const bool has_label = static_cast<uint64_t>(place) - static_cast<uint64_t>(first) < kPack<T>;
-      const A at_label = has_label ? static_cast<A>(x[place]) : A(0);  // before an in-place write
-      T g[kPack<T>];
-      UNROLL
-      for (int i = 0; i < kPack<T>; ++i) g[i] = narrow<T>(gradient(element<T>(packs[u], i), A(0)));
-      stream_store(dx + first, granule_of(g));
-      if (has_label) dx[place] = narrow<T>(gradient(at_label, a));  // by the thread that has stored the pack: one place to pay for it
-    }
-  }
+  to.template write<kInFlight<kCapped, T>>(logits + rows.offset(row), label - rows.start, gradient, a);
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor labels, OptionalTensor temperature, OptionalTensor mask,
@@ -861,9 +891,9 @@ inline void slice_statistics(const char* op, const LogprobCall& call, bool with_
   });
 }
 
-inline Tensor gather_logprobs_backward_into(const char* op, bool inplace, const OptionalTensor& grad_logprobs,
-                                            const OptionalTensor& grad_entropy, const Tensor& logits, const LogprobCall& call,
-                                            const Tensor& stats) {
+inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
+                                            const Tensor& logits, const LogprobCall& call, const Tensor& stats,
+                                            const char* op = "gather_logprobs") {
   check_stats(op, stats, call);
   const UpstreamGradients up = upstream(op, grad_logprobs, grad_entropy, call);
   LogitRows target_rows;
@@ -900,7 +930,7 @@ inline Tensor gather_logprobs_backward(OptionalTensor grad_logprobs, OptionalTen
                                        double softcap, double logit_scale, int64_t ignore_index) {
   const LogprobCall call =
       logprob_call("gather_logprobs", logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
-  return gather_logprobs_backward_into("gather_logprobs", false, grad_logprobs, grad_entropy, logits, call, stats);
+  return gather_logprobs_backward_into(false, grad_logprobs, grad_entropy, logits, call, stats);
 }
 
 inline void gather_logprobs_backward_inplace(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits, Tensor labels,
@@ -908,7 +938,7 @@ inline void gather_logprobs_backward_inplace(OptionalTensor grad_logprobs, Optio
                                              double softcap, double logit_scale, int64_t ignore_index) {
   const LogprobCall call =
       logprob_call("gather_logprobs", logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
-  gather_logprobs_backward_into("gather_logprobs", true, grad_logprobs, grad_entropy, logits, call, stats);
+  gather_logprobs_backward_into(true, grad_logprobs, grad_entropy, logits, call, stats);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -996,7 +1026,7 @@ inline Tensor logprob_slice_backward(OptionalTensor grad_logprobs, OptionalTenso
   const char* op = "logprob_slice_backward";
   const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
                                         {vocab_start, vocab});
-  return gather_logprobs_backward_into(op, false, grad_logprobs, grad_entropy, logits, call, stats);
+  return gather_logprobs_backward_into(false, grad_logprobs, grad_entropy, logits, call, stats, op);
 }
 
 inline void logprob_slice_backward_inplace(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits, Tensor labels,
@@ -1005,7 +1035,7 @@ inline void logprob_slice_backward_inplace(OptionalTensor grad_logprobs, Optiona
   const char* op = "logprob_slice_backward_inplace";
   const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
                                         {vocab_start, vocab});
-  gather_logprobs_backward_into(op, true, grad_logprobs, grad_entropy, logits, call, stats);
+  gather_logprobs_backward_into(true, grad_logprobs, grad_entropy, logits, call, stats, op);
 }
 
 }  // namespace rlhf_fast::RLHF_UNIT

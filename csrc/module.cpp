@@ -41,7 +41,7 @@ py::dict build_info() {
   return info;
 }
 
-constexpr size_t kMaxArguments = 24;
+constexpr size_t kMaxArguments = 32;
 
 // The arguments of one call, as a boxed kernel takes them. Handles not yet handed over are freed.
 class Arguments {

@@ -143,13 +143,13 @@ def register(
     """
     _public_names[name] = function or name
     if backward is not None:
-        backward = _first_derivative_only(name, backward)
+        backward = first_derivative_only(name, backward)
         _functions[name] = _function(setup_context, backward)
     _registrations[name] = (fake, setup_context, backward)
     _register_in("rlhf_fast", name)
 
 
-def _first_derivative_only(name: str, formula: Callable) -> Callable:
+def first_derivative_only(name: str, formula: Callable) -> Callable:
     """The formula, its results refusing to be differentiated.
 
     torch's once_differentiable refuses only where the upstream gradient requires grad. A gradient penalty has a constant one:
