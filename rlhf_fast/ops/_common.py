@@ -353,6 +353,14 @@ def constants(op: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
     return value.to(dtype)
 
 
+def real_constants(op: str, **tensors: Any) -> list[Tensor]:
+    """The named floating-point tensors that no gradient flows to, in float64 (exactly)."""
+    for name, value in tensors.items():
+        if not need_tensor(op, name, value).is_floating_point():
+            raise TypeError(f"{op}: `{name}` must be floating point, got {value.dtype}")
+    return [constants(op, name, value, torch.float64) for name, value in tensors.items()]
+
+
 AGGREGATES = {
     "token-mean": 0,
     "token-sum": 1,

@@ -8,7 +8,6 @@ from rlhf_fast.ops._common import (
     Kernel,
     aggregate_reference,
     choice,
-    constants,
     first_derivative_only,
     flag,
     need_tensor,
@@ -18,6 +17,7 @@ from rlhf_fast.ops._common import (
     optional_mask,
     optional_offsets,
     padded_reference,
+    real_constants,
     register,
     weights_reference,
 )
@@ -70,7 +70,7 @@ def ppo_loss_from_logits(
 
     The gradient is made in the forward call, where logits.requires_grad, for an upstream gradient of 1. Backward multiplies it
     by the upstream gradient on the device, which costs a pass where that is not 1: put loss scaling and the number of
-    accumulated micro-batches into `normalizer`, not behind the loss. As it belongs to one backward pass, a second one is an error.
+    accumulated micro-batches into `normalizer`, not behind the loss. It belongs to one backward pass: a second one is an error.
 
     Args:
         logits: [B, T, V], or packed [N, V] with `cu_seqlens`; float32, bfloat16, float16 or float64, any row strides.
@@ -103,11 +103,10 @@ def ppo_loss_from_logits(
     op = "ppo_loss_from_logits"
     need_tensor(op, "logits", logits)
     need_tensor(op, "labels", labels)
-    old_logprobs = constants(op, "old_logprobs", old_logprobs, torch.float64)
-    advantages = constants(op, "advantages", advantages, torch.float64)
+    old_logprobs, advantages = real_constants(op, old_logprobs=old_logprobs, advantages=advantages)
     mask, cu_seqlens = optional_mask(op, mask), optional_offsets(op, cu_seqlens)
     if ref_logprobs is not None:
-        ref_logprobs = constants(op, "ref_logprobs", ref_logprobs, torch.float64)
+        (ref_logprobs,) = real_constants(op, ref_logprobs=ref_logprobs)
     taus, *logit_options = _logits.options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index)
     policy = policy_options(
         op, clip_low, clip_high, dual_clip, log_ratio_clip, importance_sampling_level, loss_type, aggregate
