@@ -287,8 +287,12 @@ def draw_ppo_loss_from_logits(rng: random.Random) -> Call:
         options["logit_scale"] = rng.choice([0.0625, 1.5])
     if rng.random() < 0.8:
         kwargs["mask"] = draw_mask(rng, shape)
+    if count > 8 and kwargs["aggregate"].endswith(("token-sum", "norm")):
+        # A sum of n log-probs is off by n times what one is: brought back to where one tolerance serves.
+        kwargs["normalizer"] = rng.choice([count, torch.tensor(float(count)), torch.tensor([count])])
     has_reference = rng.random() < 0.4
-    if has_reference:  # not for labels on -inf: their KL is infinite, and the reference's gradient inf times p = 0
+    if has_reference or kwargs["importance_sampling_level"] == "sequence":
+        # Not for labels on -inf: their KL is infinite, the reference's gradient inf times p = 0, its sequences' ratios inf - inf.
         possible = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) > -math.inf
         labels = torch.where(possible, labels, vocab - 1)
     # Log-ratios of a policy that has moved: those of noise would all be clamped.
@@ -296,7 +300,8 @@ def draw_ppo_loss_from_logits(rng: random.Random) -> Call:
     logprobs = gather_logprobs_reference(logits.double(), labels, **wide).clamp(min=-1e4)
 
     def moved(dtype):
-        far = rng.choice([0.01, 0.3] if torch.float16 in (dtype, logits.dtype) else [0.01, 0.3, 3.0])
+        # A ratio of 20 is an upstream gradient of 20: only where many tokens share the loss.
+        far = rng.choice([0.01, 0.3] if torch.float16 in (dtype, logits.dtype) or count <= 8 else [0.01, 0.3, 3.0])
         return restride(rng, (logprobs + randn(rng, *shape, scale=far, dtype=torch.float64)).to(dtype))
 
     if has_reference:
