@@ -144,7 +144,7 @@ def test_there_is_one_backward_pass(inplace, device):
     loss, _ = ppo_loss_from_logits(logits.requires_grad_() * 1, *rest, inplace=inplace)
     loss.backward(retain_graph=True)
     with pytest.raises(
-        RuntimeError, match="ppo_loss_from_logits: the gradient was made by the forward call.* call the function again"
+        RuntimeError, match=r"ppo_loss_from_logits: the gradient was made by the forward call.* call the function again"
     ):
         loss.backward()
 
@@ -238,7 +238,7 @@ def test_rows_a_tile_at_a_time_are_those_of_the_whole(device):
     ops = {
         name: _common.Kernel(f"ppo_{name}") for name in ("token_weights", "loss_rows", "loss_rows_inplace", "objective")
     }
-    weights, scale, dealt = ops["token_weights"](labels, advantages.double(), mask, None, -100, 0, None, -1.0)
+    weights, scale, dealt = ops["token_weights"](labels, advantages.double(), mask, None, -100, 0, None, math.nan)
     assert torch.equal(weights, mask.double()) and torch.equal(dealt, advantages.double())
     torch.testing.assert_close(scale, mask.double() / mask.sum())
     policy, logit_options = (0.2, 0.2, math.inf, 20.0), (None, 1.0, 0.0, 1.0, -100)
@@ -392,5 +392,7 @@ def test_the_plan_follows_from_the_vocabulary_and_the_gpu(vocab, dtype, capabili
 def test_no_plan_for_nonsense():
     with pytest.raises(ValueError, match="plan: `vocab` must be at least 1, got 0"):
         plan(0, torch.bfloat16, (9, 0))
-    with pytest.raises(TypeError, match="plan: `dtype` must be float32, bfloat16, float16 or float64, got torch.int64"):
+    with pytest.raises(
+        TypeError, match=r"plan: `dtype` must be float32, bfloat16, float16 or float64, got torch\.int64"
+    ):
         plan(82, torch.int64, (9, 0))
