@@ -1,4 +1,4 @@
-"""The policy loss from logits with an entropy bonus, forward and backward: in one pass, by our own two passes, and in eager code."""
+"""The policy loss from logits with an entropy bonus, forward and backward: one pass beside our own two and eager code."""
 
 import torch
 

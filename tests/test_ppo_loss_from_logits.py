@@ -269,7 +269,7 @@ def test_rows_a_tile_at_a_time_are_those_of_the_whole(device):
         *coefs,
         0,
         None,
-        -1.0,
+        math.nan,
         False,
     )
     assert torch.equal(loss, want[0]) and all(torch.equal(s, want[1][k]) for s, k in zip(stats, STATS, strict=True))
