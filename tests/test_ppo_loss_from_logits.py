@@ -226,6 +226,58 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@pytest.mark.parametrize("vocab", [32_000, 50_257, 151_936])
+def test_bfloat16_logits_of_real_vocabularies(vocab, device):
+    logits, labels, old, advantages = draw(1, 2, vocab=vocab, dtype=torch.bfloat16, device=device)
+    options = {"aggregate": "token-sum", "entropy_coef": 0.1}
+    _, stats, gradient = with_gradient(logits, labels, old, advantages, **options)
+    exact = logits.double().log_softmax(-1)
+    found = exact.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    assert (stats["logprobs"].double() - found).abs().max() <= 1e-5
+    torch.testing.assert_close(stats["entropies"].double(), -(exact.exp() * exact).sum(-1), rtol=1e-6, atol=1e-6)
+    x = logits.double().requires_grad_()
+    ppo_loss_from_logits_reference(x, labels, old.double(), advantages.double(), **options)[0].backward()
+    assert_close("gradient", gradient, x.grad, 0.51)
+
+
+def test_rows_beyond_2_to_the_31(device, tmp_path):
+    """The offsets of rows are 64-bit, reading and writing."""
+    vocab, far = 64, 2**31 + 8192
+    logits, labels, old, advantages = draw(2, 1, vocab=vocab, dtype=torch.bfloat16, device=device)
+    want = with_gradient(logits, labels, old, advantages, entropy_coef=0.1)
+    if device == "cuda":
+        storage = torch.empty(far + vocab, dtype=torch.bfloat16, device=device)
+    else:  # 4.3 GB of a file of which only the touched pages exist
+        storage = torch.from_file(str(tmp_path / "logits"), shared=True, size=far + vocab, dtype=torch.bfloat16)
+    for name, strides in (("far rows", (far, vocab, 1)), ("far sequences", (far, 1, 1))):
+        view = storage.as_strided((2, 1, vocab), strides)
+        view.copy_(logits)
+        x = view.detach().requires_grad_()
+        loss, _ = ppo_loss_from_logits(x, labels, old, advantages, entropy_coef=0.1)
+        loss.backward()
+        assert torch.equal(loss, want[0]) and torch.equal(x.grad, want[2]), name
+    made = view.detach().requires_grad_().view_as(view)
+    assert torch.equal(ppo_loss_from_logits(made, labels, old, advantages, entropy_coef=0.1, inplace=True)[0], want[0])
+    assert torch.equal(view, want[2])
+
+
+@pytest.mark.parametrize("part", [slice(None, -1), slice(-5, -1), slice(2, None, 3)])
+def test_slices_of_a_sequence_are_read_where_they_are(part, device):
+    logits, labels, old, advantages = draw(3, 9, vocab=257, dtype=torch.bfloat16, device=device)
+    rest = [t[:, part].contiguous() for t in (labels, old, advantages)]
+    want = with_gradient(logits[:, part].contiguous(), *rest)
+    leaf = logits.clone().requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss, _ = ppo_loss_from_logits(leaf[:, part], *rest)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    assert [e.key for e in profile.key_averages() if e.key in ("aten::clone", "aten::contiguous")] == []
+    assert torch.equal(loss, want[0]) and torch.equal(gradient[:, part], want[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Its steps
 
 
