@@ -807,10 +807,10 @@ struct TargetRow {
     for (int p = pack; p < end; p += kThreads) stream_store(dx + head + int64_t(p) * kPack<T>, Granule{});
   }
 
-  template <int kUnroll, class Gradient>
+  template <int kUnroll, class Gradient, bool kAgain = false>
   __device__ void write(const T* x, int64_t place, const Gradient& gradient, A a) const {
     if (has_edge) dx[edge] = narrow<T>(gradient(static_cast<A>(x[edge]), edge == place ? a : A(0)));
-    const RowReader<T> reader(x, tail, head);
+    const RowReader<T, kAgain> reader(x, tail, head);
     for (int p = pack; p < end; p += kThreads * kUnroll) {
       Granule packs[kUnroll];
       reader.load(p, kThreads, static_cast<T>(0.0f), packs);

@@ -478,7 +478,7 @@ __device__ Granule realign(const Granule& low, const Granule& high, uint32_t shi
 // multiple of 16 lies in two granules: both are loaded, the second as its neighbour's first, out of L1, and realigned in
 // registers. So an element's pack, and with it the thread that gets it, depends on its index alone, and V = 50257 is read in
 // 16-byte loads too. Packs with a granule that reaches out of the row are gathered element by element. kAgain: the row is going
-// to be read a second time, its lines may stay in the caches.
+// to be read a second time, its lines may stay in the caches; or it lies in shared memory.
 template <class T, bool kAgain = false>
 struct RowReader {
   const T* row;
@@ -544,44 +544,41 @@ struct RowReader {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ inline Granule shuffle_down(const Granule& g) {  // the next lane's
-  Granule next;
-  UNROLL
-  for (int w = 0; w < 4; ++w) next.word[w] = __shfl_down_sync(kAllLanes, g.word[w], 1);
-  return next;
-}
-
 // x becomes elements [at, at + kCount) of a row of n, the next lane of the warp having the next. Stored in granules wherever
 // the row lies: the one that two lanes share by the left of them. All lanes come here together.
 template <int kCount, class T>
 __device__ void store_run(T* row, int64_t n, int64_t at, const T (&x)[kCount]) {
-  constexpr int kPacks = kCount / kPack<T>;
   const uint32_t past = reinterpret_cast<uintptr_t>(row + at) % sizeof(Granule) / sizeof(T);  // the same for all
   const int head = past == 0 ? 0 : kPack<T> - static_cast<int>(past);                         // elements before a granule
   const int left = n - at < 2 * kCount ? static_cast<int>(n - at) : 2 * kCount;               // elements to the row's end, or enough
-  Granule run[kPacks + 1];
-  memcpy(run, x, sizeof(x));
+  T run[kCount + kPack<T>] = {};
+  UNROLL
+  for (int i = 0; i < kCount; ++i) run[i] = x[i];
   if (head != 0) {
-    run[kPacks] = shuffle_down(run[0]);
+    UNROLL
+    for (int i = 0; i < kPack<T> - 1; ++i) run[kCount + i] = __shfl_down_sync(kAllLanes, x[i], 1);
+    UNROLL
+    for (int by = kPack<T> / 2; by > 0; by /= 2)
+      UNROLL
+      for (int i = 0; i + by < kCount + kPack<T>; ++i) run[i] = head & by ? run[i + by] : run[i];
     const bool left_lane_stores = threadIdx.x % kWarp != 0 && head <= left;
     UNROLL
     for (int i = 0; i < kPack<T>; ++i)
       if (!left_lane_stores && i < head && i < left) row[at + i] = x[i];
-    UNROLL
-    for (int p = 0; p < kPacks; ++p) run[p] = realign<T>(run[p], run[p + 1], head * sizeof(T));
   }
   const bool has_next = threadIdx.x % kWarp != kWarp - 1;
   UNROLL
-  for (int p = 0; p < kPacks; ++p) {
-    const int first = head + p * kPack<T>;
-    if ((head == 0 || p + 1 < kPacks || has_next) && first + kPack<T> <= left) {
-      store(row + at + first, run[p]);
-    } else {
+  for (int first = 0; first < kCount; first += kPack<T>) {
+    T* to = row + at + head + first;
+    if ((head == 0 || first + kPack<T> < kCount || has_next) && head + first + kPack<T> <= left) {
       T pack[kPack<T>];
-      memcpy(pack, &run[p], sizeof(pack));
+      UNROLL
+      for (int i = 0; i < kPack<T>; ++i) pack[i] = run[first + i];
+      store(to, granule_of(pack));
+    } else {
       UNROLL
       for (int i = 0; i < kPack<T>; ++i)
-        if (first + i < (left < kCount ? left : kCount)) row[at + first + i] = pack[i];
+        if (head + first + i < (left < kCount ? left : kCount)) to[i] = run[first + i];
     }
   }
 }

@@ -5,8 +5,7 @@
 //   block     a block holds the row in its shared memory
 //   cluster   2, 4 or 8 blocks hold a slice each and tell one another their sums (distributed shared memory: compute capability
 //             9.0 and the tens and elevens; sm_120 has clusters of one block alone)
-//   stream    the row is not held but read again, in hope of L2: as many threads a row as a multiprocessor runs, so that few rows
-//             are under way at a time
+//   stream    the row is not held but read again, in hope of L2: one block to a multiprocessor, so that few rows are under way
 //
 // The order of a row's sums follows from V, the element's size and the plan, and so from the GPU, but never from the batch.
 //
@@ -26,7 +25,7 @@ struct OnChipPlan {
   enum Kind : int { kWarp, kBlock, kCluster, kStream };
   int kind;
   int blocks;         // a row
-  int threads;        // a row has of each block, without a softcap
+  int threads;        // of a block that work on a row
   int64_t row_bytes;  // of shared memory for a block's slice of the row
   int resident;       // rows, or slices of rows, that a multiprocessor has at a time, without a softcap
 
@@ -57,7 +56,7 @@ inline OnChipPlan on_chip_plan(int64_t vocab, int64_t element_bytes, int capabil
   const SharedMemory shared = shared_memory(capability);
   const int64_t packs = (vocab * element_bytes + 15) / 16;
   const int by_registers = element_bytes == 8 ? 2 : 4;  // of 256 threads
-  OnChipPlan best{OnChipPlan::kStream, 1, 256 * by_registers, 0, 1};
+  OnChipPlan best{OnChipPlan::kStream, 1, element_bytes == 8 ? 512 : 768, 0, 1};
   for (int blocks = 1; blocks <= 8 && (blocks == 1 || has_clusters(capability)); blocks *= 2) {
     const int64_t row_bytes = (packs + blocks - 1) / blocks * 16, bytes = row_bytes + kBlockOverhead;
     if (bytes > shared.block) continue;

@@ -20,6 +20,9 @@
 //
 // At sequence level a ratio needs every log-prob of its sequence: there ppo_loss_from_logits reads the logits twice, for the
 // log-probs and, once the objective is known, for the gradient.
+//
+// Bytes, for rows of V logits of e bytes: reads e V and writes e V with a gradient; reads e V without. On a GPU a row that is not
+// held on chip (on_chip.h) is read twice, as is every row at sequence level. `plan`: -1, or a plan of on_chip.h by its code.
 #pragma once
 
 #include "kl.h"
@@ -287,26 +290,6 @@ __device__ State from_leader(const State& state) {
   return copy;
 }
 
-// The gradient of elements [begin, end) of a row whose packs are held in the order in which the block's threads read them.
-template <class T, class Gradient>
-__device__ void write_held(T* dx, int64_t begin, int64_t end, const Granule* held, int64_t label, const Gradient& gradient, accumulate_t<T> a) {
-  const int packs = static_cast<int>((end - begin + kPack<T> - 1) / kPack<T>);
-  for (int first = 0; first < packs; first += kRowThreads) {  // whole warps
-    const int pack = first + static_cast<int>(threadIdx.x);
-    const Granule g = pack < packs ? held[pack] : Granule{};
-    const int64_t at = begin + int64_t(pack) * kPack<T>;
-    T out[kPack<T>];
-    UNROLL
-    for (int i = 0; i < kPack<T>; ++i) out[i] = narrow<T>(gradient(element<T>(g, i), accumulate_t<T>(0)));
-    if (static_cast<uint64_t>(label) - static_cast<uint64_t>(at) < kPack<T>) {
-      UNROLL
-      for (int i = 0; i < kPack<T>; ++i)
-        if (at + i == label) out[i] = narrow<T>(gradient(element<T>(g, i), a));
-    }
-    store_run(dx, end, at, out);
-  }
-}
-
 template <class T>
 struct RowsToPass {
   using A = accumulate_t<T>;
@@ -329,13 +312,13 @@ struct RowsToPass {
   }
 };
 
-// A row by a warp or a block, read twice where a gradient is asked for. The block is all that a multiprocessor runs: few rows are
-// under way, and the second read may find them in L2.
+template <class T>
+constexpr int kStreamThreads = sizeof(T) == 8 ? 512 : 768;  // all that 128 and 80 registers each leave room for
 template <int kThreads, bool kCapped, class T>
 constexpr int kRowBlocks = kThreads == kWarp ? kBlocks<kWarp, kCapped, T> : 1;
-template <bool kCapped, class T>
-constexpr int kStreamThreads = kRowThreads * kBlocks<kRowThreads, kCapped, T>;
 
+// A row by a warp or a block, read twice where a gradient is asked for. The block is all that a multiprocessor runs: few rows are
+// under way, and the second read may find them in L2.
 template <int kThreads, bool kCapped, class T>
 __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kRowBlocks<kThreads, kCapped, T>)
     ppo_loss_rows_kernel(RowsToPass<T> r) {
@@ -361,7 +344,7 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
 
 constexpr int kSumsGranules = (sizeof(SoftmaxSums) + sizeof(Granule) - 1) / sizeof(Granule);
 
-// A row by `blocks` blocks of a cluster. Each holds a slice of it in shared memory, every thread the packs that it has read.
+// A row by `blocks` blocks of a cluster, each of which holds a slice of it in shared memory.
 template <bool kCapped, class T>
 __global__ void __launch_bounds__(kRowThreads, kBlocks<kRowThreads, kCapped, T>)
     ppo_loss_held_rows_kernel(RowsToPass<T> r, int blocks, int slice_packs) {
@@ -374,7 +357,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<kRowThreads, kCapped, T>)
   T* dx = r.target ? r.gradient(row) : nullptr;
   if (r.skips(row)) {  // all blocks of the row
     if (leader && rank == 0) r.pass.write(row, {});
-    if (dx) fill_zeros<kRowThreads>(dx + begin, end - begin);
+    if (dx) TargetRow<kRowThreads, T>(dx + begin, end - begin, 0, slice_packs).zeros();
     return;
   }
   const LogitMap<A> map = r.options.template map<A>(row);
@@ -399,8 +382,10 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<kRowThreads, kCapped, T>)
   if (leader && rank == 0) r.pass.write(row, result);
   if (dx) {
     const RowSlopes<A> slopes = from_leader<kRowThreads>(result.slopes);
-    if (slopes.a == 0 && slopes.b == 0) fill_zeros<kRowThreads>(dx + begin, end - begin);
-    else write_held(dx, begin, end, held, r.label(row), RowGradient<kCapped, true, A>(map, slopes.stats, slopes.a, slopes.b), slopes.a);
+    const TargetRow<kRowThreads, T> to(dx + begin, end - begin, 0, slice_packs);
+    const RowGradient<kCapped, true, A> gradient(map, slopes.stats, slopes.a, slopes.b);
+    if (slopes.a == 0 && slopes.b == 0) to.zeros();
+    else to.template write<kInFlight<kCapped, T>, decltype(gradient), true>(reinterpret_cast<const T*>(held), r.label(row) - begin, gradient, slopes.a);
   }
   if (blocks > 1) cluster_wait();  // none leaves while another reads its sums
 }
@@ -416,7 +401,7 @@ inline void run_rows(const char* op, const RowCall& call, const RowOutputs& o, i
                           rows.rows, o.target_rows, rows.options, call.pass<accumulate_t<T>>(o)};
     auto run = [&](auto is_capped) {
       constexpr bool kCapped = decltype(is_capped)::value;
-      constexpr int kThreads = kStreamThreads<kCapped, T>;
+      constexpr int kThreads = kStreamThreads<T>;
       if (plan.kind == OnChipPlan::kWarp)
         launch(rows.logits, ppo_loss_rows_kernel<kWarp, kCapped, T>, ceil_div(count, kRowsPerBlock), kWarp * kRowsPerBlock, r);
       else if (plan.kind == OnChipPlan::kStream)

@@ -485,7 +485,9 @@ def units_of(name: str, call: Call) -> float:
         return 4.0
     if kind == "softcap":  # z = cap tanh(..) / temperature is itself a rounded number as large as this
         smallest = torch.cat([torch.as_tensor(call.kwargs.get("temperature", 1.0)).flatten(), torch.ones(1)]).min()
-        return units + call.kwargs["softcap"] / float(smallest)
+        return units + call.kwargs["softcap"] / float(smallest) * (
+            3 if name == "ppo_loss_from_logits" else 1
+        )  # advantages
     return units
 
 
