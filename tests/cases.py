@@ -16,6 +16,7 @@ import rlhf_fast
 from rlhf_fast.ops.gae import gae_reference
 from rlhf_fast.ops.group import group_advantages_reference
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_reference
+from rlhf_fast.ops.linear import linear_logprobs_reference
 from rlhf_fast.ops.logprob import gather_logprobs_reference
 from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
@@ -49,6 +50,9 @@ class Op:
     reference: Callable
     draw: Callable[[random.Random], Call]
     units: float = 4.0  # allowed error, in epsilons of the output's dtype relative to max(1, |reference|)
+    more_by_product: float = (
+        0.0  # in gradients that torch's product sums up in float32, from terms larger than their sum
+    )
 
 
 def randn(rng: random.Random, *shape, scale=1.0, dtype=torch.float32) -> Tensor:
@@ -134,6 +138,28 @@ def draw_gather_logprobs(rng: random.Random) -> Call:
     if rng.random() < 0.3:
         labels = labels.to(torch.int32)
     return Call((restride(rng, logits, rows_only=rng.random() < 0.8), restride(rng, labels)), kwargs)
+
+
+def draw_head(rng: random.Random, batch, vocab, dtype, kwargs) -> tuple[Tensor, Tensor]:
+    """(hidden, weight) whose logits are of a model's size, and keywords of ops over hidden states."""
+    width = rng.choice([0, 3, 8, 33] if vocab > 128 else [0, 1, 3, 8])
+    hidden = randn(rng, *batch, width, scale=rng.choice([0.0, 0.3, 1.0]), dtype=dtype)
+    weight = randn(rng, vocab, width, scale=2 / math.sqrt(width or 1), dtype=dtype)
+    if rng.random() < 0.4:
+        kwargs["bias"] = randn(rng, vocab, dtype=dtype)
+        if vocab > 2 and rng.random() < 0.3:  # a masked vocabulary
+            kwargs["bias"][: rng.randrange(1, vocab)] = -math.inf
+    if rng.random() < 0.4:
+        kwargs["chunk_tokens"] = rng.choice([1, 2, 3])
+    return restride(rng, hidden), restride(rng, weight)
+
+
+def draw_linear_logprobs(rng: random.Random) -> Call:
+    call = draw_gather_logprobs(rng)
+    logits, labels = call.args
+    kwargs = dict(call.kwargs)
+    head = draw_head(rng, labels.shape, logits.shape[-1], logits.dtype, kwargs)
+    return Call((*head, labels), kwargs)
 
 
 def draw_kept_logprobs(rng: random.Random) -> Call:
@@ -360,6 +386,9 @@ def draw_group_advantages(rng: random.Random) -> Call:
 
 OPS = {
     "gather_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_gather_logprobs),
+    "linear_logprobs": Op(
+        rlhf_fast.linear_logprobs, linear_logprobs_reference, draw_linear_logprobs, more_by_product=60.0
+    ),
     "kept_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_kept_logprobs),
     "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
     "shape_rewards": Op(rlhf_fast.shape_rewards, shape_rewards_reference, draw_shape_rewards, units=0.5),
@@ -500,7 +529,7 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
         w = want.gradients.get(place)
         w = torch.zeros_like(leaf, dtype=torch.float64) if w is None else w
         # The gradient of a wide result may itself be rounded to a narrow input.
-        allowed = units + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
+        allowed = units + op.more_by_product + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
         if leaf.numel() < largest:  # one value a row: torch adds its gradient up over the tokens, in float32
             allowed = max(allowed, 4.0)
         error = assert_close(f"{name} gradient of argument {place}", g, w, allowed)

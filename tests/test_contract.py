@@ -47,6 +47,10 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
             (real(n), real(n), real(n), mask.flatten()), {"aggregate": "seq-mean-token-sum-norm", **packed}
         ),
         "gather_logprobs": lambda: Call((real(B, T, V), labels), {"with_entropy": True, "mask": mask, "softcap": 3.0}),
+        "linear_logprobs": lambda: Call(
+            (real(B, T, 4), real(V, 4), labels),
+            {"bias": real(V), "with_entropy": True, "mask": mask, "softcap": 3.0, "chunk_tokens": 4},
+        ),
         "kept_logprobs": lambda: Call(
             (real(B, T, V), labels),
             {
