@@ -17,6 +17,7 @@ from rlhf_fast.ops.gae import gae_reference
 from rlhf_fast.ops.group import group_advantages_reference
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_reference
 from rlhf_fast.ops.linear import linear_logprobs_reference
+from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss_reference
 from rlhf_fast.ops.logprob import gather_logprobs_reference
 from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
@@ -288,7 +289,7 @@ def draw_ppo_policy_loss(rng: random.Random) -> Call:
     return Call((*draw_pair_of_logprobs(rng, shape, real_dtype(rng)), restride(rng, advantages)), kwargs)
 
 
-def draw_ppo_loss_from_logits(rng: random.Random) -> Call:
+def draw_ppo_loss_from_logits(rng: random.Random, from_hidden=False) -> Call:
     shape, rows, kwargs = draw_rows(rng)
     count = math.prod(shape)
     vocab = rng.choice([v for v in (1, 2, 7, 31, 82, 1000, 2049, 4099) if v * count < 100_000] or [1, 2])
@@ -296,6 +297,11 @@ def draw_ppo_loss_from_logits(rng: random.Random) -> Call:
     logits = randn(rng, *shape, vocab, scale=rng.choice([0.0, 1.0, 5.0, 100.0]), dtype=dtype)
     if vocab > 2 and rng.random() < 0.2:
         logits[..., : rng.randrange(1, vocab)] = -math.inf
+    source = (restride(rng, logits, rows_only=rng.random() < 0.8),)
+    if from_hidden:
+        source = draw_head(rng, shape, vocab, dtype, kwargs)
+        bias = kwargs.get("bias")
+        logits = torch.nn.functional.linear(*(t.double() for t in source), None if bias is None else bias.double())
     generator = torch.Generator().manual_seed(rng.getrandbits(40))
     labels = torch.randint(0, vocab, shape, generator=generator)
     kwargs |= {"clip_low": rng.choice([0.2, 0.05, 1.0]), "clip_high": rng.choice([0.2, 0.28]), **draw_aggregate(rng)}
@@ -318,7 +324,7 @@ def draw_ppo_loss_from_logits(rng: random.Random) -> Call:
     logprobs = gather_logprobs_reference(logits.double(), labels, **wide).clamp(min=-1e4)
 
     def moved(dtype):
-        far = rng.choice([0.01, 0.3] if torch.float16 in (dtype, logits.dtype) else [0.01, 0.3, 3.0])
+        far = rng.choice([0.01, 0.3] if torch.float16 in (dtype, source[0].dtype) else [0.01, 0.3, 3.0])
         return restride(rng, (logprobs + randn(rng, *shape, scale=far, dtype=torch.float64)).to(dtype))
 
     if rng.random() < 0.4:
@@ -330,10 +336,11 @@ def draw_ppo_loss_from_logits(rng: random.Random) -> Call:
     one_a_row = [(rows, 1), *([(rows,)] if shape != (rows,) else [])]
     advantages = restride(rng, randn(rng, *rng.choice([shape, shape, *one_a_row]), dtype=real_dtype(rng)))
     labels = restride(rng, labels.to(rng.choice([torch.int32, torch.int64])))
-    return Call(
-        (restride(rng, logits, rows_only=rng.random() < 0.8), labels, moved(real_dtype(rng)), advantages),
-        kwargs | options,
-    )
+    return Call((*source, labels, moved(real_dtype(rng)), advantages), kwargs | options)
+
+
+def draw_linear_ppo_loss(rng: random.Random) -> Call:
+    return draw_ppo_loss_from_logits(rng, from_hidden=True)
 
 
 def draw_ppo_value_loss(rng: random.Random) -> Call:
@@ -389,6 +396,9 @@ OPS = {
     "linear_logprobs": Op(
         rlhf_fast.linear_logprobs, linear_logprobs_reference, draw_linear_logprobs, more_by_product=60.0
     ),
+    "linear_ppo_loss": Op(
+        rlhf_fast.linear_ppo_loss, linear_ppo_loss_reference, draw_linear_ppo_loss, more_by_product=60.0
+    ),
     "kept_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_kept_logprobs),
     "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
     "shape_rewards": Op(rlhf_fast.shape_rewards, shape_rewards_reference, draw_shape_rewards, units=0.5),
@@ -434,7 +444,7 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> f
 
 
 # What takes gradients, of the ops that refuse them for the rest.
-INPUTS = {"ppo_loss_from_logits": (0, "logits")}
+INPUTS = {"ppo_loss_from_logits": (0, "logits"), "linear_ppo_loss": (0, 1, "hidden", "weight", "bias")}
 
 
 def is_input(op: str, index: int | str, value) -> bool:

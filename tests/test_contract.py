@@ -17,7 +17,15 @@ from tests.cases import OPS, Call
 B, T, V = 3, 5, 11
 
 # Ops whose packed form has shapes and gradients of its own to check.
-PACKED = ["shape_rewards", "gae", "masked_mean", "ppo_policy_loss", "ppo_value_loss", "ppo_loss_from_logits"]
+PACKED = [
+    "shape_rewards",
+    "gae",
+    "masked_mean",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "ppo_loss_from_logits",
+    "linear_ppo_loss",
+]
 EXAMPLES = [*OPS, *(f"{name} packed" for name in PACKED)]
 
 
@@ -50,6 +58,21 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
         "linear_logprobs": lambda: Call(
             (real(B, T, 4), real(V, 4), labels),
             {"bias": real(V), "with_entropy": True, "mask": mask, "softcap": 3.0, "chunk_tokens": 4},
+        ),
+        "linear_ppo_loss": lambda: Call(
+            (real(B, T, 4), real(V, 4), labels, constant(B, T) - 2.5, constant(B), mask),
+            {
+                "bias": real(V),
+                "entropy_coef": 0.1,
+                "ref_logprobs": constant(B, T) - 2.5,
+                "kl_coef": 0.1,
+                "temperature": 0.7,
+                "chunk_tokens": 4,
+            },
+        ),
+        "linear_ppo_loss packed": lambda: Call(
+            (real(n, 4), real(V, 4), labels.flatten(), constant(n) * 0.1 - 2.5, constant(n), mask.flatten()),
+            {"aggregate": "seq-mean-token-mean", **packed},
         ),
         "kept_logprobs": lambda: Call(
             (real(B, T, V), labels),

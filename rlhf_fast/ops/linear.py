@@ -79,11 +79,11 @@ def linear_logprobs(
     flag(op, "with_entropy", with_entropy)
     hidden, weight, bias = head_inputs(op, hidden, weight, bias, labels, mask)
     taus, *numbers = _logits.options_of(op, hidden, labels, temperature, softcap, logit_scale, ignore_index)
-    need_shape(op, "temperature", taus, labels)
+    need_twin(op, "temperature", taus, labels)
     chunk = chunk_of(op, chunk_tokens)
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])
     logprobs, entropy, _ = _forward(
-        rows, weight, bias, labels.reshape(-1), flat(taus), flat(mask), *numbers, with_entropy, chunk
+        rows, weight, bias, labels.reshape(-1), flat(taus), flat(mask), *numbers, with_entropy, chunk, False
     )
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if with_entropy else logprobs
@@ -138,8 +138,8 @@ def head_inputs(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, la
         )
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}")
-    need_shape(op, "mask", mask, labels)
-    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels), ("mask", mask)):
+    need_twin(op, "mask", mask, labels)
+    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(
                 f"{op}: `{name}` is on {tensor.device.type} and `hidden` on {hidden.device.type}; they must be on one device"
@@ -164,11 +164,17 @@ def need_plain(op: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{op}: `{name}` must be float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
-def need_shape(op: str, name: str, value: Tensor | None, labels: Tensor) -> None:
-    """Here, because flattened tensors no longer show what they were."""
-    if value is not None and value.shape != labels.shape:
+def need_twin(op: str, name: str, value: Tensor | None, labels: Tensor) -> None:
+    """A value a token, on the same device. Checked here, because flattened tensors no longer show what they were."""
+    if value is None:
+        return
+    if value.shape != labels.shape:
         raise ValueError(
             f"{op}: `{name}` has shape {list(value.shape)} but must have the shape of `labels`, {list(labels.shape)}"
+        )
+    if value.device != labels.device:
+        raise ValueError(
+            f"{op}: `{name}` is on {value.device.type} and `labels` on {labels.device.type}; they must be on one device"
         )
 
 
@@ -297,27 +303,29 @@ class Tiles:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The op: hidden [n, H], labels, temperatures and mask [n]
+# The op: hidden [n, H], labels, temperatures and mask [n]. `wide`: its outputs are float64, for what goes on in that.
 
 
 def _logprobs(hidden, weight, bias, labels, taus, mask, *options):
-    *numbers, with_entropy, chunk_tokens = options
+    *numbers, with_entropy, chunk_tokens, wide = options
     n, vocab = hidden.shape[0], weight.shape[0]
     with autocast_off(hidden):
+        # Of no logits: labels and temperatures are checked before there is a product.
+        nothing = hidden.new_empty((n, 0), dtype=_logits.accumulate_dtype(hidden))
+        statistics = _slices.statistics(nothing, labels, taus, mask, *numbers, 0, vocab, with_entropy)
         kept = kept_of(counts(labels, mask, numbers[-1]))
-        hidden, *rest = select(kept, hidden, labels, taus, mask)
+        hidden, statistics, *rest = select(kept, hidden, statistics, labels, taus, mask)
         tiles = Tiles(hidden, weight, bias, chunk_tokens)
-        if tiles.single:
+        if tiles.single and not wide:
             outputs = _gather(tiles.logits(factor(hidden), factor(weight), 0), *rest, *numbers, with_entropy, False)
         else:
-            # Of no logits at all first: labels and temperatures are checked before there is a product.
-            nothing = tiles.memory.new_empty((hidden.shape[0], 0))
-            statistics = _slices.statistics(nothing, *rest, *numbers, 0, vocab, with_entropy)
             for a, w in tiles.slices():
                 for i, j, x in tiles.chunks():
                     z = tiles.logits(x, w, a)
                     _slices.statistics_into(statistics[i:j], z, *at(rest, i, j), *numbers, a, vocab, with_entropy)
-            wide = tiles.dtype == torch.float64
+            wide = wide or tiles.dtype == torch.float64
+            if wide and taus is not None:
+                rest[1] = rest[1].double()
             outputs = _slices.combine(statistics.unsqueeze(0), *rest, *numbers, with_entropy, wide)
         logprobs, entropy, stats = outputs
         return spread(kept, n, logprobs), spread(kept, n, entropy) if with_entropy else entropy, spread(kept, n, stats)
@@ -325,7 +333,8 @@ def _logprobs(hidden, weight, bias, labels, taus, mask, *options):
 
 def _gradients(grad_logprobs, grad_entropy, hidden, weight, bias, labels, taus, mask, stats, *options):
     *numbers, chunk_tokens, need_hidden, need_weight, need_bias = options
-    n, vocab = hidden.shape[0], weight.shape[0]
+    n, vocab, dtype = hidden.shape[0], weight.shape[0], _logits.accumulate_dtype(hidden)
+    grad_logprobs, grad_entropy, stats = (t if t is None else t.to(dtype) for t in (grad_logprobs, grad_entropy, stats))
     with autocast_off(hidden):
         counting = counts(labels, mask, numbers[-1])
         kept = kept_of(counting)
@@ -360,7 +369,7 @@ def _gradients(grad_logprobs, grad_entropy, hidden, weight, bias, labels, taus, 
 
 
 def _context(ctx, inputs, output):
-    hidden, weight, bias, labels, taus, mask, *numbers, ctx.with_entropy, chunk_tokens = inputs
+    hidden, weight, bias, labels, taus, mask, *numbers, ctx.with_entropy, chunk_tokens, _ = inputs
     ctx.options = (*numbers, chunk_tokens)
     ctx.save_for_backward(hidden, weight, bias, labels, taus, mask, output[2])
     ctx.mark_non_differentiable(output[2])
@@ -368,7 +377,7 @@ def _context(ctx, inputs, output):
 
 
 def _formula(ctx, grad_logprobs, grad_entropy, _):
-    nothing = (None,) * 12
+    nothing = (None,) * 13
     if grad_logprobs is None and grad_entropy is None:
         return nothing
     needs = ctx.needs_input_grad[:3]
@@ -384,8 +393,8 @@ def _fake_gradients(grad_logprobs, grad_entropy, hidden, weight, *rest):
 
 define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperature, Tensor? mask, "
-    "float temperature_value, float softcap, float logit_scale, int ignore_index, bool with_entropy, int chunk_tokens) "
-    "-> (Tensor, Tensor, Tensor)",
+    "float temperature_value, float softcap, float logit_scale, int ignore_index, bool with_entropy, int chunk_tokens, "
+    "bool wide) -> (Tensor, Tensor, Tensor)",
     _logprobs,
 )
 define(
@@ -395,9 +404,16 @@ define(
     "-> (Tensor, Tensor, Tensor)",
     _gradients,
 )
+
+
+def _fake_logprobs(hidden, weight, bias, labels, *rest):
+    *_, with_entropy, _, wide = rest
+    return _logits.fake_outputs(hidden.new_empty(0, dtype=torch.float64) if wide else hidden, labels, with_entropy)
+
+
 register(
     "linear_logprobs",
-    lambda hidden, weight, bias, labels, *rest: _logits.fake_outputs(hidden, labels, rest[-2]),
+    _fake_logprobs,
     setup_context=_context,
     backward=_formula,
 )
