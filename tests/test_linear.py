@@ -1,3 +1,4 @@
+import inspect
 import os
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def watched(hidden, weight, labels, mask=None, chunk=0, needs=(True, True, False
     """The op's two halves, seen from within: a mode that is on when the op is called sees the op alone."""
     rest, numbers = (None, labels, None, mask), (1.0, 0.0, 1.0, -100)
     with Watch() as seen:
-        logprobs, _, stats = linear._logprobs(hidden, weight, *rest, *numbers, False, chunk)
+        logprobs, _, stats = linear._logprobs(hidden, weight, *rest, *numbers, False, chunk, False)
         linear._gradients(torch.ones_like(logprobs), None, hidden, weight, *rest, stats, *numbers, chunk, *needs)
     return seen
 
@@ -300,3 +301,8 @@ def test_wrong_arguments_are_named(name, change, kind):
     good = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(9, 4), "labels": torch.zeros(3, dtype=torch.long)}
     with pytest.raises(kind, match=f"`{name}`"):
         linear_logprobs(**good | change)
+
+
+def test_the_keywords_are_those_of_gather_logprobs():
+    theirs = set(inspect.signature(gather_logprobs).parameters) - {"logits", "labels", "kept", "inplace_backward"}
+    assert theirs <= set(inspect.signature(linear_logprobs).parameters)
