@@ -213,7 +213,7 @@ def _formula(ctx, grad, *_):
     if grad is None:
         return nothing
     gradient, _ = ctx.saved_tensors
-    if torch.compiler.is_compiling():  # a traced graph may not write over what it saved
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor:  # a traced graph may not write over what it saved
         scaled = (gradient.to(grad.dtype) * grad).to(gradient.dtype)
         return (torch.where(gradient != 0, scaled, gradient), *nothing[1:])
     if ctx.spent:
