@@ -324,21 +324,22 @@ def _formula(ctx, grad, *_):
     nothing = (None,) * 31
     if grad is None:
         return nothing
-    gradients = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
-    if torch.compiler.is_compiling():  # a traced graph may not write over what it saved
-        scaled = ((g.to(grad.dtype) * grad).to(g.dtype) if g is not None else None for g in gradients[:3])
-        pairs = zip(gradients, scaled, strict=False)
-        return (*(None if g is None else torch.where(g != 0, s, g) for g, s in pairs), *nothing[3:])
+    needs = ctx.needs_input_grad[:3]
+    gradients = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=False)]
+    # A traced graph may not write over what it saved.
+    if torch.compiler.is_compiling() or any(type(g) is not Tensor for g in gradients if g is not None):
+        scaled = (None if g is None else torch.where(g != 0, (g.to(grad.dtype) * grad).to(g.dtype), g) for g in gradients)
+        return (*scaled, *nothing[3:])
     if ctx.spent:
         raise RuntimeError(
             f"{_op}: the gradients were made by the forward call and used by the first backward, so there can be no second one; "
             "call the function again"
         )
     ctx.spent = True
-    for g in gradients[:3]:
+    for g in gradients:
         if g is not None and g.numel() > 0:
             _scale_gradient(g.view(-1, g.shape[-1]), grad)
-    return (*gradients[:3], *nothing[3:])
+    return (*gradients, *nothing[3:])
 
 
 def _fake(hidden, weight, bias, labels, *rest):
