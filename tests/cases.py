@@ -319,6 +319,10 @@ def draw_ppo_loss_from_logits(rng: random.Random, from_hidden=False) -> Call:
         options["logit_scale"] = rng.choice([0.0625, 1.5])
     if rng.random() < 0.8:
         kwargs["mask"] = draw_mask(rng, shape)
+    has_reference = rng.random() < 0.4
+    if has_reference:  # not for labels on -inf: their KL is infinite, and the reference's gradient inf times p = 0
+        possible = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) > -math.inf
+        labels = torch.where(possible, labels, vocab - 1)
     # Log-ratios of a policy that has moved: those of noise would all be clamped.
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
     logprobs = gather_logprobs_reference(logits.double(), labels, **wide).clamp(min=-1e4)
@@ -327,7 +331,7 @@ def draw_ppo_loss_from_logits(rng: random.Random, from_hidden=False) -> Call:
         far = rng.choice([0.01, 0.3] if torch.float16 in (dtype, source[0].dtype) else [0.01, 0.3, 3.0])
         return restride(rng, (logprobs + randn(rng, *shape, scale=far, dtype=torch.float64)).to(dtype))
 
-    if rng.random() < 0.4:
+    if has_reference:
         kwargs["ref_logprobs"] = moved(real_dtype(rng))
         kwargs["kl_coef"] = rng.choice([0.0, 0.05, 1.0])
         kwargs["kl_estimator"] = rng.choice(list(ESTIMATORS))

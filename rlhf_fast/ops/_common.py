@@ -145,16 +145,19 @@ def register(
     *,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    backward_eager: Callable | None = None,
     function: str | None = None,
 ) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable).
 
-    `function` is the public function that errors speak of, where its name is not the op's.
+    `backward_eager` takes the place of `backward` in eager calls: one that may write over what the forward pass made, of
+    which the public function gives nothing away. `function` is the public function that errors speak of, where its name is
+    not the op's.
     """
     _public_names[name] = function or name
     if backward is not None:
+        _functions[name] = _function(setup_context, first_derivative_only(name, backward_eager or backward))
         backward = first_derivative_only(name, backward)
-        _functions[name] = _function(setup_context, backward)
     _registrations[name] = (fake, setup_context, backward)
     _register_in("rlhf_fast", name)
 

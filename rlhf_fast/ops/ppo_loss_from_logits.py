@@ -207,15 +207,23 @@ def _context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+_NOTHING = (None,) * 27
+
+
 def _formula(ctx, grad, *_):
     """The gradient to the logits, which the forward pass has made."""
-    nothing = (None,) * 27
     if grad is None:
-        return nothing
+        return _NOTHING
     gradient, _ = ctx.saved_tensors
-    if torch.compiler.is_compiling() or type(gradient) is not Tensor:  # a traced graph may not write over what it saved
-        scaled = (gradient.to(grad.dtype) * grad).to(gradient.dtype)
-        return (torch.where(gradient != 0, scaled, gradient), *nothing[1:])
+    scaled = (gradient.to(grad.dtype) * grad).to(gradient.dtype)
+    return (torch.where(gradient != 0, scaled, gradient), *_NOTHING[1:])
+
+
+def _formula_eager(ctx, grad, *_):
+    """The same in the memory of the gradient itself, once."""
+    if grad is None:
+        return _NOTHING
+    gradient, _ = ctx.saved_tensors
     if ctx.spent:
         raise RuntimeError(
             "ppo_loss_from_logits: the gradient was made by the forward call and used by the first backward, so there can be no "
@@ -223,10 +231,10 @@ def _formula(ctx, grad, *_):
         )
     ctx.spent = True
     _scale_gradient(gradient, grad)
-    return (gradient, *nothing[1:])
+    return (gradient, *_NOTHING[1:])
 
 
-_once = first_derivative_only("ppo_loss_from_logits", _formula)
+_once = first_derivative_only("ppo_loss_from_logits", _formula_eager)
 
 
 class _InPlace(torch.autograd.Function):
@@ -256,6 +264,6 @@ def _fake(logits, labels, *rest):
     return *_fake_inplace(logits, labels), logits.new_empty(logits.shape if need_gradient else (0,))
 
 
-register("ppo_loss_from_logits", _fake, setup_context=_context, backward=_formula)
+register("ppo_loss_from_logits", _fake, setup_context=_context, backward=_formula, backward_eager=_formula_eager)
 register("ppo_loss_from_logits_inplace", _fake_inplace, function="ppo_loss_from_logits")
 register("ppo_scale_gradient", lambda gradient, grad: None)
