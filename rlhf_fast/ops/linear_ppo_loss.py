@@ -319,27 +319,38 @@ def _context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+_NOTHING = (None,) * 31
+
+
+def _gradients_made(ctx):
+    needs = ctx.needs_input_grad[:3]
+    return [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=False)]
+
+
 def _formula(ctx, grad, *_):
     """The gradients that the forward pass has made, for the upstream gradient that came."""
-    nothing = (None,) * 31
     if grad is None:
-        return nothing
-    needs = ctx.needs_input_grad[:3]
-    gradients = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=False)]
-    # A traced graph may not write over what it saved.
-    if torch.compiler.is_compiling() or any(type(g) is not Tensor for g in gradients if g is not None):
-        scaled = (None if g is None else torch.where(g != 0, (g.to(grad.dtype) * grad).to(g.dtype), g) for g in gradients)
-        return (*scaled, *nothing[3:])
+        return _NOTHING
+    gradients = _gradients_made(ctx)
+    scaled = (None if g is None else torch.where(g != 0, (g.to(grad.dtype) * grad).to(g.dtype), g) for g in gradients)
+    return (*scaled, *_NOTHING[3:])
+
+
+def _formula_eager(ctx, grad, *_):
+    """The same in the memory of the gradients themselves, once."""
+    if grad is None:
+        return _NOTHING
     if ctx.spent:
         raise RuntimeError(
             f"{_op}: the gradients were made by the forward call and used by the first backward, so there can be no second one; "
             "call the function again"
         )
     ctx.spent = True
+    gradients = _gradients_made(ctx)
     for g in gradients:
         if g is not None and g.numel() > 0:
-            _scale_gradient(g.view(-1, g.shape[-1]), grad)
-    return (*gradients, *nothing[3:])
+            _scale_gradient(g, grad)
+    return (*gradients, *_NOTHING[3:])
 
 
 def _fake(hidden, weight, bias, labels, *rest):
@@ -361,4 +372,28 @@ define(
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _loss_and_gradients,
 )
-register(_op, _fake, setup_context=_context, backward=_formula)
+register(_op, _fake, setup_context=_context, backward=_formula, backward_eager=_formula_eager)
+
+
+def _fake_rows(logits, labels, *rest):
+    gradient = logits.new_empty(logits.shape if rest[-2] else (0,))
+    return *_fake_rows_inplace(logits, labels), gradient
+
+
+def _fake_rows_inplace(logits, labels, *rest):
+    return tuple(labels.new_empty(labels.shape, dtype=torch.float64) for _ in range(2))
+
+
+def _fake_objective(logprobs, *rest):
+    dtype = torch.float64 if rest[-1] else torch.float32
+    return tuple(logprobs.new_empty(s, dtype=dtype) for s in ((), (len(STATS),), logprobs.shape, logprobs.shape))
+
+
+def _fake_weights(labels, *rest):
+    return tuple(labels.new_empty(labels.shape, dtype=torch.float64) for _ in range(3))
+
+
+register("ppo_token_weights", _fake_weights, function=_op)
+register("ppo_loss_rows", _fake_rows, function=_op)
+register("ppo_loss_rows_inplace", _fake_rows_inplace, function=_op)
+register("ppo_objective", _fake_objective, function=_op)
