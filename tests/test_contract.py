@@ -210,7 +210,10 @@ def test_gradients_in_double_precision(name):
         kwargs.update(zip(keys, inputs[len(places) :], strict=True))
         return tuple(t for t in tensors_of(op.function(*args, **kwargs)) if t.requires_grad)
 
-    if name.split()[0] in ("ppo_loss_from_logits", "linear_ppo_loss"):  # gradcheck goes backward through one call several times
+    if name.split()[0] in (
+        "ppo_loss_from_logits",
+        "linear_ppo_loss",
+    ):  # gradcheck goes backward through one call several times
         function = called_anew(function)
     assert torch.autograd.gradcheck(function, (*(call.args[i] for i in places), *(call.kwargs[k] for k in keys)))
 
