@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
+from rlhf_fast import kl_penalty, ppo_value_loss
 from rlhf_fast.train import loop
 from rlhf_fast.train.checkpoint import claim_output, save_model, write_directory
 from rlhf_fast.train.config import option, validate
@@ -26,7 +26,7 @@ from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
-from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_ppo_loss
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, advantage, roll_out, score
 
@@ -233,28 +233,22 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
-        logprobs, entropy = response_logprobs(
+        loss, policy_stats = response_ppo_loss(
             models.policy,
             ids,
             mask,
             length,
-            temperature=config.temperature,
-            response_mask=response_mask,
-            with_entropy=True,
-            full_logits=config.full_logits,
-        )
-        policy_loss, policy_stats = ppo_policy_loss(
-            logprobs,
             scored.logprobs[place],
             batch.advantages[place],
             response_mask,
+            temperature=config.temperature,
             clip_low=config.cliprange,
             clip_high=config.cliprange,
             normalizer=tokens,
+            entropy_coef=config.entropy_coef,
+            full_logits=config.full_logits,
         )
-        mean_entropy = entropy.sum() / tokens
-        bonus = config.entropy_coef * mean_entropy if config.entropy_coef else 0.0
-        (policy_loss - bonus).backward()
+        loss.backward()
         value_loss, value_stats = ppo_value_loss(
             token_values(models.value, ids, mask, length),
             scored.values[place],
@@ -267,9 +261,9 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
         share = window.tokens / tokens
         shift = policy_stats["ratio_mean"] - 1
         part = {
-            "loss/policy_avg": policy_loss.detach(),
+            "loss/policy_avg": policy_stats["policy_loss"],
             "loss/value_avg": value_loss.detach(),
-            "policy/entropy_avg": mean_entropy.detach(),
+            "policy/entropy_avg": policy_stats["entropy"],
             "policy/approxkl_avg": policy_stats["approx_kl"] * share,
             "policy/clipfrac_avg": policy_stats["clip_fraction"] * share,
             "val/clipfrac_avg": value_stats["clip_fraction"] * share,
