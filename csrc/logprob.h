@@ -20,6 +20,7 @@
 #pragma once
 
 #include "loops.h"
+#include "on_chip.h"
 
 namespace rlhf_fast::RLHF_UNIT {
 
@@ -694,7 +695,6 @@ HOST_DEVICE void merge(RowTotals& into, const RowTotals& other) {
 }
 
 constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
-constexpr int64_t kWarpRowVocab = 2048;  // rows up to here are read by one warp
 constexpr int kRowThreads = 256;
 // Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; 128 for double.
 template <int kThreads, bool kCapped, class T>
@@ -703,25 +703,33 @@ template <bool kCapped, class T>
 constexpr int kInFlight = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs a thread
 constexpr int kPiecePacks = 16 * kRowThreads;  // of the backward, at most: enough work to pay for a block's start
 
-// The sums of one row, read by a warp (kThreads == 32) or a whole block; to thread 0 of it.
-template <int kThreads, bool kCapped, bool kEntropy, class T>
-__device__ SoftmaxSums read_row(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map) {
+// The sums of what a reader reads, by a warp (kThreads == 32) or a whole block; to thread 0 of it. keep(pack, granule): each pack,
+// to the thread that has read it.
+template <int kThreads, bool kCapped, bool kEntropy, class T, bool kAgain, class Keep>
+__device__ SoftmaxSums read_packs(const RowReader<T, kAgain>& reader, const LogitMap<accumulate_t<T>>& map, const Keep& keep) {
   using A = accumulate_t<T>;
   constexpr int kUnroll = kInFlight<kCapped, T>;
   const A slope = kCapped ? A(1) : map.slope, scale = slope * static_cast<A>(kLog2E);
   const T fill = static_cast<T>(-std::numeric_limits<float>::infinity());
-  const RowReader<T> reader(x, vocab);
-  const int packs_in_row = static_cast<int>((vocab + kPack<T> - 1) / kPack<T>);
+  const int count = reader.packs();
   ThreadSums<A> mine;
-  for (int pack = threadIdx.x % kThreads; pack < packs_in_row; pack += kThreads * kUnroll) {
+  for (int pack = threadIdx.x % kThreads; pack < count; pack += kThreads * kUnroll) {
     Granule packs[kUnroll];
     reader.load(pack, kThreads, fill, packs);
+    UNROLL
+    for (int u = 0; u < kUnroll; ++u)
+      if (pack + u * kThreads < count) keep(pack + u * kThreads, packs[u]);
     mine.template add<T, kCapped, kEntropy>(packs, map, scale, [&](int u) { return reader.inside(pack + u * kThreads); });
   }
   const A max = block_max<kThreads>(mine.max);
   mine.rescale(max, scale);
   const RowTotals total = block_merge<kThreads>(RowTotals{static_cast<double>(mine.sum), static_cast<double>(mine.dot) * slope});
   return {total.sum == 0 ? kMinusInfinity : static_cast<double>(max), total.sum, total.dot};
+}
+
+template <int kThreads, bool kCapped, bool kEntropy, bool kAgain = false, class T>
+__device__ SoftmaxSums read_row(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map) {
+  return read_packs<kThreads, kCapped, kEntropy>(RowReader<T, kAgain>(x, vocab), map, [](int, const Granule&) {});
 }
 
 // One row by kThreads threads: a warp (several rows a block) or a whole block.
@@ -801,10 +809,10 @@ struct TargetRow {
     for (int p = pack; p < end; p += kThreads) stream_store(dx + head + int64_t(p) * kPack<T>, Granule{});
   }
 
-  template <int kUnroll, class Gradient>
+  template <int kUnroll, class Gradient, bool kAgain = false>
   __device__ void write(const T* x, int64_t place, const Gradient& gradient, A a) const {
     if (has_edge) dx[edge] = narrow<T>(gradient(static_cast<A>(x[edge]), edge == place ? a : A(0)));
-    const RowReader<T> reader(x, tail, head);
+    const RowReader<T, kAgain> reader(x, tail, head);
     for (int p = pack; p < end; p += kThreads * kUnroll) {
       Granule packs[kUnroll];
       reader.load(p, kThreads, static_cast<T>(0.0f), packs);

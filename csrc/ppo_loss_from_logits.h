@@ -20,6 +20,9 @@
 //
 // At sequence level a ratio needs every log-prob of its sequence: there ppo_loss_from_logits reads the logits twice, for the
 // log-probs and, once the objective is known, for the gradient.
+//
+// Bytes, for rows of V logits of e bytes: reads e V and writes e V with a gradient; reads e V without. On a GPU a row that is not
+// held on chip (on_chip.h) is read twice, as is every row at sequence level. `plan`: -1, or a plan of on_chip.h by its code.
 #pragma once
 
 #include "kl.h"
@@ -141,6 +144,12 @@ struct RowSlopes {  // what the gradient of a row needs; no gradient where both 
   A a, b;
 };
 
+template <class A>
+struct RowResult {
+  double logprob, entropy;
+  RowSlopes<A> slopes;
+};
+
 // What becomes of each row, once it is reduced.
 template <class A>
 struct RowPass {
@@ -149,24 +158,28 @@ struct RowPass {
   double *logprobs, *entropies;    // a value a row
   RowStats<A>* stats;              // a value a row, or null
 
-  HOST_DEVICE void skip(int64_t row) const {
-    logprobs[row] = entropies[row] = 0;
-    if (stats) stats[row] = {};
+  HOST_DEVICE bool skips(int64_t row, int64_t label, const LogprobOptions& options) const {
+    return weights[row] == 0 || label == options.ignore_index;
   }
 
   // `value`: capped() of the label's logit; NaN where the label is outside the vocabulary.
   template <bool kCapped>
-  HOST_DEVICE RowSlopes<A> finish(int64_t row, const SoftmaxSums& sums, A value, const LogprobOptions& options) const {
+  HOST_DEVICE RowResult<A> finish(int64_t row, const SoftmaxSums& sums, A value, const LogprobOptions& options) const {
     const RowStats<double> wide = finish_row<double>(sums);
     // With the slope unrounded: a log-prob of -20 would carry 20 times its rounding into the ratio.
     const double below = kCapped ? value - wide.max : (value - wide.max) * (options.logit_scale / options.tau<A>(row));
     const double logprob = below - wide.log_sum;
-    logprobs[row] = logprob;
-    entropies[row] = wide.entropy;
-    const RowStats<A> narrow_stats{static_cast<A>(wide.max), static_cast<A>(wide.log_sum), static_cast<A>(wide.entropy)};
-    if (stats) stats[row] = narrow_stats;
-    return {narrow_stats, static_cast<A>(scale[row] * token.by_logprob(row, logprob)),
-            static_cast<A>(-scale[row] * token.options.entropy_coef)};
+    return {logprob,
+            wide.entropy,
+            {{static_cast<A>(wide.max), static_cast<A>(wide.log_sum), static_cast<A>(wide.entropy)},
+             static_cast<A>(scale[row] * token.by_logprob(row, logprob)),
+             static_cast<A>(-scale[row] * token.options.entropy_coef)}};
+  }
+
+  HOST_DEVICE void write(int64_t row, const RowResult<A>& result) const {
+    logprobs[row] = result.logprob;
+    entropies[row] = result.entropy;
+    if (stats) stats[row] = result.slopes.stats;
   }
 };
 
@@ -231,12 +244,14 @@ inline void run_rows(const char* op, const RowCall& call, const RowOutputs& o, i
       parallel_for(rows.rows.rows, rows.rows.vocab, [&](int64_t row) {
         const T* x = logits + rows.rows.offset(row);
         T* dx = target ? target + o.target_rows.offset(row) : nullptr;
-        RowSlopes<A> slopes{};
+        RowResult<A> result{};
         const int64_t label = LogprobCall::label(labels, rows.long_labels, row);
         const LogitMap<A> map = rows.options.map<A>(row);
-        if (pass.weights[row] == 0 || label == rows.options.ignore_index) pass.skip(row);
-        else slopes = pass.template finish<kCapped>(row, softmax_sums<kCapped, true>(x, rows.rows.vocab, map),
-                                                    capped<kCapped>(static_cast<A>(x[label]), map), rows.options);
+        if (!pass.skips(row, label, rows.options))
+          result = pass.template finish<kCapped>(row, softmax_sums<kCapped, true>(x, rows.rows.vocab, map),
+                                                 capped<kCapped>(static_cast<A>(x[label]), map), rows.options);
+        pass.write(row, result);
+        const RowSlopes<A>& slopes = result.slopes;
         if (dx == nullptr) return;
         if (slopes.a == 0 && slopes.b == 0) {
           memset(static_cast<void*>(dx), 0, sizeof(T) * rows.rows.vocab);
@@ -275,53 +290,126 @@ __device__ State from_leader(const State& state) {
   return copy;
 }
 
-template <bool kCapped, class T, class A>
-__device__ A label_value(const T* x, int64_t label, int64_t vocab, const LogitMap<A>& map) {
-  return label >= 0 && label < vocab ? capped<kCapped>(static_cast<A>(x[label]), map) : std::numeric_limits<A>::quiet_NaN();
-}
+template <class T>
+struct RowsToPass {
+  using A = accumulate_t<T>;
+  const T* logits;
+  T* target;  // or null
+  const void* labels;
+  bool long_labels;
+  LogitRows rows, target_rows;
+  LogprobOptions options;
+  RowPass<A> pass;
 
-// A row by a warp or a block, read twice where a gradient is asked for.
+  __device__ int64_t label(int64_t row) const { return LogprobCall::label(labels, long_labels, row); }
+  __device__ bool skips(int64_t row) const { return pass.skips(row, label(row), options); }
+  __device__ const T* source(int64_t row) const { return logits + rows.offset(row); }
+  __device__ T* gradient(int64_t row) const { return target + target_rows.offset(row); }
+  template <bool kCapped>
+  __device__ A label_value(int64_t row) const {
+    const int64_t at = label(row);
+    return rows.knows(at) ? capped<kCapped>(static_cast<A>(source(row)[at]), options.map<A>(row)) : std::numeric_limits<A>::quiet_NaN();
+  }
+};
+
+template <class T>
+constexpr int kStreamThreads = sizeof(T) == 8 ? 512 : 768;  // all that 128 and 80 registers each leave room for
 template <int kThreads, bool kCapped, class T>
-__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, kCapped, T>)
-    ppo_loss_rows_kernel(const T* logits, T* target, const void* labels, bool long_labels, LogitRows rows, LogitRows target_rows,
-                         LogprobOptions options, RowPass<accumulate_t<T>> pass) {
+constexpr int kRowBlocks = kThreads == kWarp ? kBlocks<kWarp, kCapped, T> : 1;
+
+// A row by a warp or a block, read twice where a gradient is asked for. The block is all that a multiprocessor runs: few rows are
+// under way, and the second read may find them in L2.
+template <int kThreads, bool kCapped, class T>
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kRowBlocks<kThreads, kCapped, T>)
+    ppo_loss_rows_kernel(RowsToPass<T> r) {
   using A = accumulate_t<T>;
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x);
-  if (row >= rows.rows) return;
-  const bool leader = threadIdx.x % kThreads == 0;
-  const int64_t label = LogprobCall::label(labels, long_labels, row);
-  const LogitMap<A> map = options.map<A>(row);
-  const T* x = logits + rows.offset(row);
-  RowSlopes<A> slopes{};
-  if (pass.weights[row] != 0 && label != options.ignore_index) {
-    const SoftmaxSums sums = read_row<kThreads, kCapped, true>(x, rows.vocab, map);
-    if (leader) slopes = pass.template finish<kCapped>(row, sums, label_value<kCapped>(x, label, rows.vocab, map), options);
-    if (target) slopes = from_leader<kThreads>(slopes);
-  } else if (leader) {
-    pass.skip(row);
+  if (row >= r.rows.rows) return;
+  const bool leader = threadIdx.x % kThreads == 0, skipped = r.skips(row);
+  const LogitMap<A> map = r.options.template map<A>(row);
+  const T* x = r.source(row);
+  RowResult<A> result{};
+  if (!skipped) {
+    const SoftmaxSums sums = read_row<kThreads, kCapped, true, true>(x, r.rows.vocab, map);
+    if (leader) result = r.pass.template finish<kCapped>(row, sums, r.template label_value<kCapped>(row), r.options);
   }
-  if (target == nullptr) return;
-  const int packs = static_cast<int>((rows.vocab + kPack<T> - 1) / kPack<T>);
-  const TargetRow<kThreads, T> to(target + target_rows.offset(row), rows.vocab, 0, packs);
+  if (leader) r.pass.write(row, result);
+  if (r.target == nullptr) return;
+  const RowSlopes<A> slopes = skipped ? RowSlopes<A>{} : from_leader<kThreads>(result.slopes);
+  const TargetRow<kThreads, T> to(r.gradient(row), r.rows.vocab, 0, RowReader<T>(x, r.rows.vocab).packs());
   if (slopes.a == 0 && slopes.b == 0) return to.zeros();
-  to.template write<kInFlight<kCapped, T>>(x, label, RowGradient<kCapped, true, A>(map, slopes.stats, slopes.a, slopes.b), slopes.a);
+  const RowGradient<kCapped, true, A> gradient(map, slopes.stats, slopes.a, slopes.b);
+  to.template write<kInFlight<kCapped, T>>(x, r.label(row), gradient, slopes.a);
 }
 
-inline void run_rows(const char* op, const RowCall& call, const RowOutputs& o, int64_t /*plan*/) {
+constexpr int kSumsGranules = (sizeof(SoftmaxSums) + sizeof(Granule) - 1) / sizeof(Granule);
+
+// A row by `blocks` blocks of a cluster, each of which holds a slice of it in shared memory.
+template <bool kCapped, class T>
+__global__ void __launch_bounds__(kRowThreads, kBlocks<kRowThreads, kCapped, T>)
+    ppo_loss_held_rows_kernel(RowsToPass<T> r, int blocks, int slice_packs) {
+  using A = accumulate_t<T>;
+  const int64_t row = blockIdx.x / blocks;
+  const int rank = blockIdx.x % blocks;
+  const bool leader = threadIdx.x == 0;
+  const int64_t vocab = r.rows.vocab, slice = int64_t(slice_packs) * kPack<T>;
+  const int64_t begin = rank * slice < vocab ? rank * slice : vocab, end = begin + slice < vocab ? begin + slice : vocab;
+  T* dx = r.target ? r.gradient(row) : nullptr;
+  if (r.skips(row)) {  // all blocks of the row
+    if (leader && rank == 0) r.pass.write(row, {});
+    if (dx) TargetRow<kRowThreads, T>(dx + begin, end - begin, 0, slice_packs).zeros();
+    return;
+  }
+  const LogitMap<A> map = r.options.template map<A>(row);
+  auto* const own_sums = reinterpret_cast<SoftmaxSums*>(block_memory());
+  Granule* const held = block_memory() + kSumsGranules;
+
+  const A value = leader ? r.template label_value<kCapped>(row) : A(0);  // before any block writes over it
+  SoftmaxSums sums = read_packs<kRowThreads, kCapped, true>(RowReader<T>(r.source(row), end, begin), map,
+                                                            [&](int pack, const Granule& g) { held[pack] = g; });
+  if (blocks > 1) {
+    if (leader) *own_sums = sums;
+    cluster_arrive();
+    cluster_wait();
+    if (leader) {
+      sums = kNothingSummed;
+      for (int b = 0; b < blocks; ++b) merge(sums, *in_block(own_sums, b), kCapped ? 1.0 : static_cast<double>(map.slope));
+    }
+    cluster_arrive();
+  }
+  RowResult<A> result{};
+  if (leader) result = r.pass.template finish<kCapped>(row, sums, value, r.options);
+  if (leader && rank == 0) r.pass.write(row, result);
+  if (dx) {
+    const RowSlopes<A> slopes = from_leader<kRowThreads>(result.slopes);
+    const TargetRow<kRowThreads, T> to(dx + begin, end - begin, 0, slice_packs);
+    const RowGradient<kCapped, true, A> gradient(map, slopes.stats, slopes.a, slopes.b);
+    if (slopes.a == 0 && slopes.b == 0) to.zeros();
+    else to.template write<kInFlight<kCapped, T>, decltype(gradient), true>(reinterpret_cast<const T*>(held), r.label(row) - begin, gradient, slopes.a);
+  }
+  if (blocks > 1) cluster_wait();  // none leaves while another reads its sums
+}
+
+inline void run_rows(const char* op, const RowCall& call, const RowOutputs& o, int64_t wanted) {
   const LogprobCall& rows = call.logits;
+  const int64_t count = rows.rows.rows, vocab = rows.rows.vocab;
   for_logits(rows.logits.scalar_type(), op, "logits", [&](auto zero) {
     using T = decltype(zero);
-    using A = accumulate_t<T>;
+    const OnChipPlan plan = on_chip_plan(vocab, sizeof(T), compute_capability(rows.logits), wanted);
+    CHECK_VALUE(wanted < 0 || wanted == plan.code(), op, ": this GPU has no plan ", wanted, " for rows of ", vocab, " logits");
+    const RowsToPass<T> r{in<T>(rows.logits), o.gradient ? out<T>(*o.gradient) : nullptr, rows.labels.const_data_ptr(), rows.long_labels,
+                          rows.rows, o.target_rows, rows.options, call.pass<accumulate_t<T>>(o)};
     auto run = [&](auto is_capped) {
       constexpr bool kCapped = decltype(is_capped)::value;
-      auto start = [&](auto kernel, int64_t blocks, int threads) {
-        launch(rows.logits, kernel, blocks, threads, in<T>(rows.logits), o.gradient ? out<T>(*o.gradient) : nullptr,
-               rows.labels.const_data_ptr(), rows.long_labels, rows.rows, o.target_rows, rows.options, call.pass<A>(o));
-      };
-      if (rows.rows.vocab <= kWarpRowVocab)
-        start(ppo_loss_rows_kernel<kWarp, kCapped, T>, ceil_div(rows.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
+      constexpr int kThreads = kStreamThreads<T>;
+      if (plan.kind == OnChipPlan::kWarp)
+        launch(rows.logits, ppo_loss_rows_kernel<kWarp, kCapped, T>, ceil_div(count, kRowsPerBlock), kWarp * kRowsPerBlock, r);
+      else if (plan.kind == OnChipPlan::kStream)
+        launch(rows.logits, ppo_loss_rows_kernel<kThreads, kCapped, T>, count, kThreads, r);
       else
-        start(ppo_loss_rows_kernel<kRowThreads, kCapped, T>, rows.rows.rows, kRowThreads);
+        launch(rows.logits, ppo_loss_held_rows_kernel<kCapped, T>,
+               ClusterGrid{count * plan.blocks, kRowThreads, plan.blocks, plan.row_bytes + kSumsGranules * int64_t(sizeof(Granule))}, r,
+               plan.blocks, static_cast<int>(plan.row_bytes / sizeof(Granule)));
     };
     rows.options.softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
   });

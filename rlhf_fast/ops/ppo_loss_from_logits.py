@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlhf_fast import _C
 from rlhf_fast.ops import _logits
 from rlhf_fast.ops._common import (
     Kernel,
@@ -10,6 +11,7 @@ from rlhf_fast.ops._common import (
     choice,
     first_derivative_only,
     flag,
+    integer,
     need_tensor,
     needs_gradient,
     normalizer_of,
@@ -133,6 +135,35 @@ def ppo_loss_from_logits(
     else:
         loss, stats, logprobs, entropies, _ = _loss(*tensors, *options, need, AUTO_PLAN)
     return loss, dict(zip(STATS, stats.unbind(), strict=True)) | {"logprobs": logprobs, "entropies": entropies}
+
+
+def plan(vocab: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, str | int]:
+    """How the CUDA kernels have a row of logits the second time, for its gradient, on a GPU of this compute capability.
+
+    `from rlhf_fast.ops.ppo_loss_from_logits import plan`: asks what the launcher asks, and needs no GPU.
+
+    Args:
+        vocab: V.
+        dtype: of the logits.
+        capability: (9, 0) for an H100, as torch.cuda.get_device_capability() has it.
+
+    Returns:
+        A dict. `name`: "warp" (V up to 2048: a warp a row), "block" (a block holds the row in its shared memory), "cluster" (a
+        few blocks hold a slice each) or "stream" (the row is read again, in hope of the L2 cache). `blocks` a row and `threads`
+        a block that work on it, `row_bytes` of shared memory for the row in each block, and `resident`, how many rows or slices
+        a multiprocessor has at a time (0: not limited by this; one less than 4 with a softcap).
+
+    >>> plan(151936, torch.bfloat16, (9, 0))
+    {'name': 'cluster', 'blocks': 4, 'threads': 256, 'row_bytes': 75968, 'resident': 3}
+    """
+    op = "plan"
+    major, minor = (integer(op, "capability", part) for part in capability)
+    vocab = integer(op, "vocab", vocab)
+    if vocab < 1:
+        raise ValueError(f"{op}: `vocab` must be at least 1, got {vocab}")
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{op}: `dtype` must be float32, bfloat16, float16 or float64, got {dtype}")
+    return _C.on_chip_plan(vocab, dtype.itemsize, 10 * major + minor)
 
 
 def ppo_loss_from_logits_reference(
