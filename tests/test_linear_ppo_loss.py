@@ -115,7 +115,7 @@ def test_a_second_backward_is_refused_and_not_wrong():
     loss, _ = linear_ppo_loss(hidden, **call)
     loss.backward(retain_graph=True)
     with pytest.raises(
-        RuntimeError, match="linear_ppo_loss: the gradients were made by the forward call and used by the"
+        RuntimeError, match="linear_ppo_loss: the gradient was made by the forward call and used by the"
     ):
         loss.backward()
 
@@ -140,8 +140,8 @@ def test_a_frozen_head_and_frozen_hidden_states(level):
 # What it costs
 
 
-def watched(call: dict, monkeypatch, **needs) -> Watch:
-    """The op seen from within: a mode that is on when the op is called sees the op alone."""
+def arguments(call: dict, monkeypatch, **needs) -> tuple:
+    """Of the op behind the function."""
     seen = []
     with monkeypatch.context() as patch:
         original = _common.Kernel.__call__
@@ -154,8 +154,13 @@ def watched(call: dict, monkeypatch, **needs) -> Watch:
         patch.setattr(_common.Kernel, "__call__", noted)
         leaves = {k: call[k].detach().requires_grad_() for k, need in needs.items() if need}
         linear_ppo_loss(**call | leaves)
+    return seen[0]
+
+
+def watched(call: dict, monkeypatch, **needs) -> Watch:
+    """The op seen from within: a mode that is on when the op is called sees the op alone."""
     with torch.no_grad(), Watch() as watch:
-        module._loss_and_gradients(*seen[0])
+        module._loss_and_gradients(*arguments(call, monkeypatch, **needs))
     return watch
 
 
@@ -219,6 +224,14 @@ def test_nothing_that_counts_gives_zeros_that_can_be_differentiated():
     for change in ({"labels": torch.full_like(call["labels"], -100)}, {"mask": torch.zeros(3, 5)}):
         loss, stats, gradients = outcome(linear_ppo_loss, call | change)
         assert loss == 0 and stats["tokens"] == 0 and not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), ("weight", "bias"), ()])
+def test_its_registration_holds_for_what_is_frozen(needs, monkeypatch):
+    call = draw(vocab=7) | {"bias": torch.zeros(7)}
+    torch.library.opcheck(
+        torch.ops.rlhf_fast.linear_ppo_loss.default, arguments(call, monkeypatch, **dict.fromkeys(needs, True))
+    )
 
 
 def test_tied_weights_get_both_gradients():

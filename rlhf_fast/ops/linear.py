@@ -19,10 +19,8 @@ _slices = SliceKernels("linear_logprobs")
 
 # Bytes of the logits that exist at a time and of what is made of them: a tile, its slice of the weight in float32.
 WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
-TOKENS = {
-    "cpu": 4096,
-    "cuda": 16384,
-}  # of a tile, at most: each slice of the weight's gradient is one product over them
+# Tokens of a tile, at most: each slice of the weight's gradient is one product over them.
+TOKENS = {"cpu": 4096, "cuda": 16384}
 BLOCK = 2048  # ids of a slice, a multiple of it where that fits: see _slices
 
 
@@ -267,9 +265,8 @@ def tile(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[int, int]:
     wide = 8 if hidden.dtype == torch.float64 else 4
     narrow = hidden.element_size() == 2
     logit = wide + (2 if narrow and kind == "cuda" else 0)  # its gradient is a 16-bit factor there
-    row = (
-        narrow * width * (8 if kind == "cpu" else 4)
-    )  # of the weight's gradient, and of the weight where it is widened
+    # Of the weight's gradient, and of the weight where it is widened.
+    row = narrow * width * (8 if kind == "cpu" else 4)
     budget = WORKSPACE[kind]
     tokens = max(1, min(tokens, chunk_tokens or TOKENS[kind], budget // (256 * logit)))
     ids = budget // (tokens * logit + row)

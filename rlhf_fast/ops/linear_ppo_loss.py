@@ -38,7 +38,7 @@ from rlhf_fast.ops.linear import (
     waits,
 )
 from rlhf_fast.ops.ppo_loss import LOSS_TYPES, one_a_row, policy_options
-from rlhf_fast.ops.ppo_loss_from_logits import AUTO_PLAN, STATS, ppo_loss_from_logits_reference
+from rlhf_fast.ops.ppo_loss_from_logits import AUTO_PLAN, STATS, ppo_loss_from_logits_reference, scale_once, scaled
 
 _op = "linear_ppo_loss"
 _loss = Kernel(_op)
@@ -49,7 +49,6 @@ _weights = Kernel("ppo_token_weights", _op)
 _rows = Kernel("ppo_loss_rows", _op)
 _rows_inplace = Kernel("ppo_loss_rows_inplace", _op)
 _objective = Kernel("ppo_objective", _op)
-_scale_gradient = Kernel("ppo_scale_gradient", _op)
 _slices = SliceKernels(_op)
 CISPO = LOSS_TYPES["cispo"]
 
@@ -279,7 +278,7 @@ def _loss_and_gradients(hidden, weight, bias, labels, old, advantages, mask, off
         beside = (labels, old, advantages, reference, weights, scale, taus)
         hidden, *beside = select(kept, hidden, *(flat(t) for t in beside))
         rows = Rows(hidden, weight, bias, chunk)
-        by_hidden = torch.empty_like(hidden if need_hidden else hidden[:0], memory_format=torch.contiguous_format)
+        by_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
         make = weight.new_empty if hidden.shape[0] else weight.new_zeros
         by_weight = make(weight.shape if need_weight else (0,), dtype=rows.dtype)
         by_bias = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=rows.dtype)
@@ -312,9 +311,7 @@ def _loss_and_gradients(hidden, weight, bias, labels, old, advantages, mask, off
 
 def _context(ctx, inputs, output):
     ctx.spent = False
-    ctx.save_for_backward(
-        *output[4:], *inputs[:3]
-    )  # the inputs: from them a second derivative is known to be asked for
+    ctx.save_for_backward(*output[4:], *inputs[:3])  # the inputs tell that a second derivative is asked for
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -323,33 +320,21 @@ _NOTHING = (None,) * 31
 
 
 def _gradients_made(ctx):
-    needs = ctx.needs_input_grad[:3]
-    return [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=False)]
+    """By the forward pass, of what wants one."""
+    return [g if need else None for g, need in zip(ctx.saved_tensors[:3], ctx.needs_input_grad[:3], strict=True)]
 
 
 def _formula(ctx, grad, *_):
-    """The gradients that the forward pass has made, for the upstream gradient that came."""
     if grad is None:
         return _NOTHING
-    gradients = _gradients_made(ctx)
-    scaled = (None if g is None else torch.where(g != 0, (g.to(grad.dtype) * grad).to(g.dtype), g) for g in gradients)
-    return (*scaled, *_NOTHING[3:])
+    return (*(None if g is None else scaled(g, grad) for g in _gradients_made(ctx)), *_NOTHING[3:])
 
 
 def _formula_eager(ctx, grad, *_):
-    """The same in the memory of the gradients themselves, once."""
     if grad is None:
         return _NOTHING
-    if ctx.spent:
-        raise RuntimeError(
-            f"{_op}: the gradients were made by the forward call and used by the first backward, so there can be no second one; "
-            "call the function again"
-        )
-    ctx.spent = True
     gradients = _gradients_made(ctx)
-    for g in gradients:
-        if g is not None and g.numel() > 0:
-            _scale_gradient(g, grad)
+    scale_once(ctx, _op, grad, *(g for g in gradients if g is not None))
     return (*gradients, *_NOTHING[3:])
 
 
