@@ -242,16 +242,19 @@ def _composed(hidden, weight, bias, labels, old, advantages, mask, offsets, refe
 
 
 class Rows(Tiles):
-    """All logits of some tokens. The weight is taken a slice at a time where it is widened, or its products are."""
+    """All logits of some tokens. On the CPU a 16-bit weight is widened a slice at a time; on a GPU it is its gradient that is
+    added to in slices, from products that are float32.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_tokens: int):
         (n, width), vocab = hidden.shape, weight.shape[0]
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.dtype = _logits.accumulate_dtype(hidden)
         narrow, budget = hidden.dtype.itemsize == 2, WORKSPACE["cpu" if hidden.is_cpu else "cuda"]
-        self.ids = min(vocab, max(256, budget // 4 // max(1, 4 * width))) if narrow else vocab
+        some = min(vocab, max(256, budget // 4 // max(1, 4 * width))) if narrow else vocab
+        self.ids, self.added_ids = (some, vocab) if hidden.is_cpu else (vocab, some)
         logit = self.dtype.itemsize + 2 * (narrow and not hidden.is_cpu)
-        fitting = (budget - 4 * narrow * width * self.ids) // (vocab * logit)
+        fitting = (budget - 4 * narrow * width * some) // (vocab * logit)
         self.tokens = max(1, min(n, chunk_tokens or n, fitting))
         self.memory = hidden.new_empty((self.tokens, vocab), dtype=self.dtype)
 
@@ -298,7 +301,7 @@ def _loss_and_gradients(hidden, weight, bias, labels, old, advantages, mask, off
                 add_product(wide, z[:, a : a + w.shape[0]], w, first=a == 0)
             if need_hidden:
                 by_hidden[i:j] = wide
-            for a, b in spans(weight.shape[0], rows.ids) if need_weight else ():
+            for a, b in spans(weight.shape[0], rows.added_ids) if need_weight else ():
                 add_product(by_weight[a:b], z[:, a:b].t(), x, first=i == 0)
         logprobs, entropies = (spread(kept, n, torch.cat(t)).view(labels.shape) for t in zip(*outputs, strict=True))
         tokens = (logprobs, entropies, old, advantages, reference, weights, offsets)
