@@ -159,8 +159,9 @@ def arguments(call: dict, monkeypatch, **needs) -> tuple:
 
 def watched(call: dict, monkeypatch, **needs) -> Watch:
     """The op seen from within: a mode that is on when the op is called sees the op alone."""
+    given = arguments(call, monkeypatch, **needs)
     with torch.no_grad(), Watch() as watch:
-        module._loss_and_gradients(*arguments(call, monkeypatch, **needs))
+        module._loss_and_gradients(*given)
     return watch
 
 
