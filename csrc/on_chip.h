@@ -14,7 +14,7 @@
 // load, reduce or store: with 3 slices resident or more about .85, with 2 about .7, with 1 about .5. stream moves half as much
 // again where its second read misses L2, .67 at most, and reads from L2 at close to the full share where it does not. So the plan
 // is the least number of blocks with 3 slices to a multiprocessor, else that with the most, but none with a single one.
-// For bf16 on sm_90: V = 32000 in a block of 64 KB, 3 to a multiprocessor; 50257 in 2 blocks of 50 KB, 4; 151936 in 4 of 76 KB, 3.
+// For bf16 on sm_90: V = 32000 in a block of 64 KB, 3 to a multiprocessor; 50257 in 2 blocks of 50 KB, 3; 151936 in 4 of 76 KB, 3.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct OnChipPlan {
   int blocks;         // a row
   int threads;        // of a block that work on a row
   int64_t row_bytes;  // of shared memory for a block's slice of the row
-  int resident;       // rows, or slices of rows, that a multiprocessor has at a time, without a softcap
+  int resident;       // rows, or slices of rows, that a multiprocessor has at a time
 
   int code() const { return kind == kStream ? 0 : kind == kWarp ? -1 : blocks; }  // as `wanted` asks for it
 };
@@ -55,7 +55,7 @@ inline OnChipPlan on_chip_plan(int64_t vocab, int64_t element_bytes, int capabil
   if (wanted < 0 && vocab <= kWarpRowVocab) return {OnChipPlan::kWarp, 1, 32, 0, 0};
   const SharedMemory shared = shared_memory(capability);
   const int64_t packs = (vocab * element_bytes + 15) / 16;
-  const int by_registers = element_bytes == 8 ? 2 : 4;  // of 256 threads
+  const int by_registers = element_bytes == 8 ? 2 : 3;
   OnChipPlan best{OnChipPlan::kStream, 1, element_bytes == 8 ? 512 : 768, 0, 1};
   for (int blocks = 1; blocks <= 8 && (blocks == 1 || has_clusters(capability)); blocks *= 2) {
     const int64_t row_bytes = (packs + blocks - 1) / blocks * 16, bytes = row_bytes + kBlockOverhead;
