@@ -60,6 +60,13 @@ RIGHT = [
     ("ppo_loss_from_logits", "advantages", "row 0 of it"),
     ("ppo_loss_from_logits", "advantages", "1 dimension more at the end"),
     ("ppo_loss_from_logits", "advantages", "1 more in dimension 1"),
+    ("linear_ppo_loss", "advantages", "1 dimension less"),
+    ("linear_ppo_loss", "advantages", "row 0 of it"),
+    ("linear_ppo_loss", "advantages", "1 dimension more at the end"),
+    ("linear_ppo_loss", "advantages", "1 more in dimension 1"),
+    (None, "entropy_coef", "-1"),  # a penalty
+    (None, "entropy_coef", "-1e30"),
+    (None, "entropy_coef", "numpy -1"),
     ("group_advantages", "rewards", "on meta"),  # shapes alone
     ("group_advantages", "rewards", "nothing in it"),
     (None, "kept", "nothing in it"),  # where every label is ignored

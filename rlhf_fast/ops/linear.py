@@ -307,26 +307,25 @@ def _logprobs(hidden, weight, bias, labels, taus, mask, *options):
     *numbers, with_entropy, chunk_tokens, wide = options
     n, vocab = hidden.shape[0], weight.shape[0]
     with autocast_off(hidden):
+        kept = kept_of(counts(labels, mask, numbers[-1]))
+        hidden, *rest = select(kept, hidden, labels, taus, mask)
         tiles = Tiles(hidden, weight, bias, chunk_tokens)
-        statistics = None
-        if wide or not tiles.single:  # of no logits: labels and temperatures are checked before there is a product
+        single = tiles.single and not wide
+        if not single or kept is not None:
+            # Of no logits: labels and temperatures are checked before there is a product, and where nothing counts.
             nothing = hidden.new_empty((n, 0), dtype=tiles.dtype)
             statistics = _slices.statistics(nothing, labels, taus, mask, *numbers, 0, vocab, with_entropy)
-        kept = kept_of(counts(labels, mask, numbers[-1]))
-        if kept is not None:
-            hidden, statistics, labels, taus, mask = select(kept, hidden, statistics, labels, taus, mask)
-            tiles = Tiles(hidden, weight, bias, chunk_tokens)
-        rest = [labels, taus, mask]
-        if statistics is None:
+        if single:
             outputs = _gather(tiles.logits(factor(hidden), factor(weight), 0), *rest, *numbers, with_entropy, False)
         else:
+            (statistics,) = select(kept, statistics)
             for a, w in tiles.slices():
                 for i, j, x in tiles.chunks():
                     z = tiles.logits(x, w, a)
                     _slices.statistics_into(statistics[i:j], z, *at(rest, i, j), *numbers, a, vocab, with_entropy)
             wide = wide or tiles.dtype == torch.float64
             if wide and taus is not None:
-                rest[1] = taus.double()
+                rest[1] = rest[1].double()
             outputs = _slices.combine(statistics.unsqueeze(0), *rest, *numbers, with_entropy, wide)
         logprobs, entropy, stats = outputs
         return spread(kept, n, logprobs), spread(kept, n, entropy) if with_entropy else entropy, spread(kept, n, stats)
