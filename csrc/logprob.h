@@ -184,10 +184,12 @@ HOST_DEVICE void write_row(const T* x, const RowStats<A>& stats, const LogitMap<
 
 struct RowStatistics {  // of the slices of a row so far, [rows, 4]
   SoftmaxSums sums;
-  double target;        // capped() of the label's logit; NaN until its slice has been seen
+  double target;        // capped() of the label's logit; kUnseen until its slice has been
 };
 
-HOST_DEVICE RowStatistics no_statistics() { return {kNothingSummed, std::numeric_limits<double>::quiet_NaN()}; }
+constexpr double kUnseen = std::numeric_limits<double>::infinity();  // of such a logit the log-prob is NaN anyway
+
+HOST_DEVICE RowStatistics no_statistics() { return {kNothingSummed, kUnseen}; }
 
 template <bool kCapped, class T, class A>
 HOST_DEVICE void take_target(RowStatistics& into, const T* x, const LogitMap<A>& map, int64_t place, int64_t vocab) {
@@ -993,11 +995,12 @@ struct CombineSlices {
     for (int64_t s = 0; s < slices; ++s) {
       const RowStatistics& slice = partials[s * rows + row];
       merge(total.sums, slice.sums, slope);
-      total.target = slice.target == slice.target ? slice.target : total.target;
+      total.target = slice.target != kUnseen ? slice.target : total.target;
     }
     const RowStats<A> row_stats = ignored || weight == 0 ? RowStats<A>{} : finish_row<A>(total.sums);
     stats[row] = row_stats;
-    write_row(total.target, row_stats, slope, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
+    const double value = total.target != kUnseen ? total.target : std::numeric_limits<double>::quiet_NaN();
+    write_row(value, row_stats, slope, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
   }
 };
 

@@ -17,7 +17,15 @@ from tests.cases import OPS, Call
 B, T, V = 3, 5, 11
 
 # Ops whose packed form has shapes and gradients of its own to check.
-PACKED = ["shape_rewards", "gae", "masked_mean", "ppo_policy_loss", "ppo_value_loss", "ppo_loss_from_logits"]
+PACKED = [
+    "shape_rewards",
+    "gae",
+    "masked_mean",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "ppo_loss_from_logits",
+    "linear_ppo_loss",
+]
 EXAMPLES = [*OPS, *(f"{name} packed" for name in PACKED)]
 
 
@@ -47,6 +55,25 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
             (real(n), real(n), real(n), mask.flatten()), {"aggregate": "seq-mean-token-sum-norm", **packed}
         ),
         "gather_logprobs": lambda: Call((real(B, T, V), labels), {"with_entropy": True, "mask": mask, "softcap": 3.0}),
+        "linear_logprobs": lambda: Call(
+            (real(B, T, 4), real(V, 4), labels),
+            {"bias": real(V), "with_entropy": True, "mask": mask, "softcap": 3.0, "chunk_tokens": 4},
+        ),
+        "linear_ppo_loss": lambda: Call(
+            (real(B, T, 4), real(V, 4), labels, constant(B, T) - 2.5, constant(B), mask),
+            {
+                "bias": real(V),
+                "entropy_coef": 0.1,
+                "ref_logprobs": constant(B, T) - 2.5,
+                "kl_coef": 0.1,
+                "temperature": 0.7,
+                "chunk_tokens": 4,
+            },
+        ),
+        "linear_ppo_loss packed": lambda: Call(
+            (real(n, 4), real(V, 4), labels.flatten(), constant(n) * 0.1 - 2.5, constant(n), mask.flatten()),
+            {"aggregate": "seq-mean-token-mean", **packed},
+        ),
         "kept_logprobs": lambda: Call(
             (real(B, T, V), labels),
             {
@@ -183,7 +210,10 @@ def test_gradients_in_double_precision(name):
         kwargs.update(zip(keys, inputs[len(places) :], strict=True))
         return tuple(t for t in tensors_of(op.function(*args, **kwargs)) if t.requires_grad)
 
-    if name.split()[0] == "ppo_loss_from_logits":  # gradcheck goes backward through one call several times
+    if name.split()[0] in (
+        "ppo_loss_from_logits",
+        "linear_ppo_loss",
+    ):  # gradcheck goes backward through one call several times
         function = called_anew(function)
     assert torch.autograd.gradcheck(function, (*(call.args[i] for i in places), *(call.kwargs[k] for k in keys)))
 

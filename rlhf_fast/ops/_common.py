@@ -82,7 +82,8 @@ class Kernel:
             self._overloads[_namespace] = found
             self._tensors = tuple(i for i, a in enumerate(found._schema.arguments) if "Tensor" in str(a.type))
             if _namespace == "rlhf_fast":
-                self._direct = _direct_call(self.name, found)
+                in_python = _implementations.get(self.name)
+                self._direct = in_python[1] if in_python else _direct_call(self.name, found)
         return found
 
     def _below(self, args):
@@ -124,9 +125,18 @@ class Kernel:
             raise
 
 
+_implementations: dict[str, tuple[str, Callable]] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
 _registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
 _public_names: dict[str, str] = {}
+
+
+def define(schema: str, implementation: Callable) -> None:
+    """An op of the library that is written in Python, around torch's products and other ops; `register` comes after it.
+
+    The implementation is called below autograd, on any device; its outputs may not share memory with its inputs.
+    """
+    _implementations[schema.partition("(")[0]] = schema, implementation
 
 
 def register(
@@ -207,6 +217,10 @@ def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd
 
 def _register_in(library: str, name: str) -> None:
     fake, setup_context, backward = _registrations[name]
+    if name in _implementations:
+        schema, implementation = _implementations[name]
+        torch.library.define(f"{library}::{name}", schema.removeprefix(name))
+        torch.library.impl(f"{library}::{name}", "default", implementation)
     torch.library.register_fake(f"{library}::{name}", _on_one_device(library, name, fake))
     if backward is not None:
         torch.library.register_autograd(f"{library}::{name}", backward, setup_context=setup_context)

@@ -238,30 +238,36 @@ def _context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+def scaled(gradient: Tensor, grad: Tensor) -> Tensor:
+    """A gradient made for an upstream gradient of 1, for the one that came; 0 stays 0."""
+    return torch.where(gradient != 0, (gradient.to(grad.dtype) * grad).to(gradient.dtype), gradient)
+
+
+def scale_once(ctx, op: str, grad: Tensor, *gradients: Tensor) -> None:
+    """The same in the memory of the gradients themselves, which serve one backward pass."""
+    if ctx.spent:
+        raise RuntimeError(
+            f"{op}: the gradient was made by the forward call and used by the first backward, so there can be no second one; "
+            "call the function again"
+        )
+    ctx.spent = True
+    for gradient in gradients:
+        _scale_gradient(gradient, grad)
+
+
 _NOTHING = (None,) * 27
 
 
 def _formula(ctx, grad, *_):
     """The gradient to the logits, which the forward pass has made."""
-    if grad is None:
-        return _NOTHING
-    gradient, _ = ctx.saved_tensors
-    scaled = (gradient.to(grad.dtype) * grad).to(gradient.dtype)
-    return (torch.where(gradient != 0, scaled, gradient), *_NOTHING[1:])
+    return _NOTHING if grad is None else (scaled(ctx.saved_tensors[0], grad), *_NOTHING[1:])
 
 
 def _formula_eager(ctx, grad, *_):
-    """The same in the memory of the gradient itself, once."""
     if grad is None:
         return _NOTHING
     gradient, _ = ctx.saved_tensors
-    if ctx.spent:
-        raise RuntimeError(
-            "ppo_loss_from_logits: the gradient was made by the forward call and used by the first backward, so there can be no "
-            "second one; call the function again"
-        )
-    ctx.spent = True
-    _scale_gradient(gradient, grad)
+    scale_once(ctx, "ppo_loss_from_logits", grad, gradient)
     return (gradient, *_NOTHING[1:])
 
 
