@@ -5,6 +5,8 @@
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
 #   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
+#   make peers     TRL 1.12 and 1.16, each in an environment of its own under build/peers (3 GB); a PPO update and log-probs from
+#                  hidden states beside them, in CPU-seconds and peak memory: half an hour
 #   make gpu       on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks; nine minutes
 #   make machine-code   registers, spills, occupancy and 16-byte loads of every CUDA kernel and architecture; needs nvcc, no GPU
 #   make lint      ruff
@@ -17,7 +19,7 @@ N ?= 2000
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test emulate fuzz bench gpu machine-code lint clean install
+.PHONY: demo test emulate fuzz bench peers gpu machine-code lint clean install
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -52,6 +54,15 @@ fuzz: install
 bench: install
 	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet
 	$(PY) -m bench.report bench/results/last.json
+
+build/peers/%/installed: bench/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -r $<
+	touch $@
+
+peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
+	$(PY) -m bench.ppo_update
+	$(PY) -m bench.linear_peers
 
 gpu: install
 	$(PY) -m bench.gpu
