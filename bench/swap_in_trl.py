@@ -55,9 +55,9 @@ def render(result: contenders.Result) -> str:
     lines = [
         f"{result['machine']}, {s['threads']} thread, trl 1.12.0; commit {result['commit']}",
         "",
-        f"Llama of {s['layers']} layers, width {s['hidden']}, float32; {s['ppo_epochs']} epochs an update. CPU-seconds: median of "
-        f"the updates after {s['warm_up']}, least and most in brackets. Peak: above what was resident before training. Difference: "
-        f"the greatest between the curves of the {len(CURVES)} quantities over all updates, relative to max(1, |TRL's|).",
+        f"Llama of {s['layers']} layers, width {s['hidden']}, float32; {s['ppo_epochs']} epochs an update. CPU-seconds: median "
+        f"of the updates after {s['warm_up']}, least and most in brackets. Peak: above what was resident before training. "
+        f"Difference: the greatest of {', '.join(CURVES)} over all updates, relative to max(1, |TRL's|).",
         "",
     ]
     rows = []
