@@ -5,8 +5,7 @@
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
 #   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
-#   make peers     TRL 1.12 and 1.16, each in an environment of its own under build/peers (3 GB); a PPO update and log-probs from
-#                  hidden states beside them, in CPU-seconds and peak memory: half an hour
+#   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
 #   make gpu       on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks; nine minutes
 #   make machine-code   registers, spills, occupancy and 16-byte loads of every CUDA kernel and architecture; needs nvcc, no GPU
 #   make lint      ruff
@@ -60,9 +59,8 @@ build/peers/%/installed: bench/peers/%.txt
 	$(@D)/bin/python -m pip install -q -r $<
 	touch $@
 
-peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
+peers: install build/peers/trl-1.12/installed
 	$(PY) -m bench.ppo_update
-	$(PY) -m bench.linear_peers
 
 gpu: install
 	$(PY) -m bench.gpu

@@ -16,6 +16,7 @@ LAYERS = [
     "train.config",
     "train.data",
     "train.model",
+    "train.policy",
     "train.generate",
     "train.checkpoint",
     "train.record",
