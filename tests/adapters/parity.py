@@ -27,7 +27,7 @@ from torch import Tensor
 from rlhf_fast.adapters._patch import differences
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENTS = {"trl-1.12": "trl", "trl-1.16": "trl"}
+ENVIRONMENTS = {"trl-1.12": "trl", "trl-1.16": "trl", "trl-1.16-triton": "trl"}
 INPUTS = 500
 
 
@@ -148,7 +148,9 @@ def main() -> None:
             failures.append(f"{environment}: not installed, so nothing was compared: make parity")
             continue
         command = [str(python), "-m", "tests.adapters.parity", "--here", ENVIRONMENTS[environment]]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": ""}, stdout=subprocess.PIPE, text=True)
+        # Triton's kernels run on the CPU by its interpreter, which only this variable turns on.
+        variables = {"PYTHONPATH": "", "TRITON_INTERPRET": str(int(environment.endswith("-triton")))}
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             failures.append(f"{environment}: ended with {done.returncode}")
             continue
