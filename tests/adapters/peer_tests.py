@@ -28,7 +28,10 @@ FILES = {
 }
 # Tests that come out differently on purpose: a regular expression of their names, and the reason.
 FLOAT32 = "16-bit logits: the test asks for a 16-bit result, ours is float32"
-TRL = {r"entropy_from_logits_2_dims\[dtype[23]-": FLOAT32, r"selective_log_softmax(_multi_index)?\[.*dtype[23]\]": FLOAT32}
+TRL = {
+    r"entropy_from_logits_2_dims\[dtype[23]-": FLOAT32,
+    r"selective_log_softmax(_multi_index)?\[.*dtype[23]\]": FLOAT32,
+}
 DIFFERENT = {"trl-1.12": TRL, "trl-1.16": TRL}
 
 
