@@ -58,6 +58,8 @@ bench: install
 build/peers/%/installed: bench/peers/%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q -r $<
+	if [ -e $(<:.txt=.no-deps.txt) ]; then $(@D)/bin/python -m pip install -q --no-deps --no-build-isolation -r $(<:.txt=.no-deps.txt); fi
+	if [ $* = nemo-rl ]; then $(@D)/bin/python -m pip install -q --no-deps --ignore-requires-python -e $(NEMO_RL); fi
 	touch $@
 
 peers: install build/peers/trl-1.12/installed
@@ -65,7 +67,7 @@ peers: install build/peers/trl-1.12/installed
 	$(PY) -m bench.swap_in_trl
 
 # The environments that tests/adapters/parity.py knows.
-parity: install $(patsubst %,build/peers/%/installed,trl-1.12 trl-1.16 trl-1.16-triton)
+parity: install $(patsubst %,build/peers/%/installed,trl-1.12 trl-1.16 trl-1.16-triton verl-0.9 openrlhf-0.11)
 	$(PY) -m tests.adapters.parity
 
 gpu: install

@@ -16,6 +16,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -177,7 +178,9 @@ def replacements() -> list[Replacement]:
         return _in_one_piece(logits, tp_group, cp_group, sampling_params)
 
     def parallel(logits, target, start, end, tp_group, inference_only, cp_group, chunk_size, sampling_params):
-        return _in_one_piece(logits, tp_group, cp_group, sampling_params)
+        return tp_group is not None and _in_one_piece(
+            logits, tp_group, cp_group, sampling_params
+        )  # None: all processes
 
     def unweighted(*options):
         return options[-1] is None
@@ -213,20 +216,21 @@ def _mask() -> Tensor:
 
 
 def _check_logprobs(original, ours):
-    """The original sends the ids to a GPU: where there is none, its log_softmax stands for it."""
     ids, logits = torch.randint(11, (3, 7)), torch.randn(3, 7, 11, requires_grad=True)
-    if not torch.cuda.is_available():
-
-        def original(ids, logits):
-            return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-
-    else:
-        ids, logits = ids.cuda(), logits.detach().cuda().requires_grad_()
-    assert_same(original, ours, ids, logits)
+    with mock.patch.object(Tensor, "cuda", lambda x: x):  # where NeMo-RL sends the ids
+        assert_same(original, ours, ids, logits)
 
 
 def _check_parallel(original, ours):
-    """The original needs process groups. Without them its signature was compared, and what it computes was by `_check_logprobs`."""
+    """As one process alone would run it."""
+    ids, logits = torch.randint(11, (3, 7)), torch.randn(3, 8, 11, requires_grad=True)
+    alone = {
+        "get_rank": lambda group=None: 0,
+        "get_world_size": lambda group=None: 1,
+        "all_reduce": lambda *a, **k: None,
+    }
+    with mock.patch.multiple(torch.distributed, **alone):
+        assert_same(original, ours, logits, ids, 0, 11, "this process")
 
 
 def _check_kl(original, ours):
@@ -235,10 +239,6 @@ def _check_kl(original, ours):
             new, reference = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
             assert_same(original, ours, new, reference, kind, *clamps)
             assert_same(original, ours, new, reference, kind, *clamps, torch.rand(4, 6, requires_grad=True))
-
-
-class _Settings:
-    gae_lambda, gae_gamma, scale, cliprange = 0.8, 0.9, 0.5, 0.5
 
 
 def _estimator():

@@ -25,9 +25,19 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.adapters._patch import differences
+from tests.adapters.stubs import stub
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENTS = {"trl-1.12": "trl", "trl-1.16": "trl", "trl-1.16-triton": "trl"}
+ENVIRONMENTS = {
+    "trl-1.12": "trl",
+    "trl-1.16": "trl",
+    "trl-1.16-triton": "trl",
+    "verl-0.9": "verl",
+    "openrlhf-0.11": "openrlhf",
+    "nemo-rl": "nemo_rl",
+}
+# NeMo-RL is installed from a checkout of its repository alone: bench/peers/nemo-rl.txt.
+BY_DEFAULT = [name for name in ENVIRONMENTS if name != "nemo-rl"]
 INPUTS = 500
 
 
@@ -107,6 +117,7 @@ class Difference:
     remark: str  # "{}" stands for the greatest number that `holds` returned
     holds: Callable[[Draw], float | None]
     inputs: int = INPUTS
+    verdict: str = "differs"
 
     def row(self) -> dict:
         greatest, failures = 0.0, []
@@ -115,13 +126,19 @@ class Difference:
                 greatest = max(greatest, self.holds(Draw(seed)) or 0.0)
             except AssertionError as error:
                 failures.append(f"{self.function}: {self.remark}: does not hold, seed {seed}: {error}")
-        cells = [self.function, str(self.inputs), "differs", "", self.remark.format(f"{greatest:.2g}")]
+        cells = [self.function, str(self.inputs), self.verdict, "", self.remark.format(f"{greatest:.2g}")]
         return {"cells": cells, "failures": failures[:3]}
+
+
+def truth(function: Callable, count: int = 1) -> Callable:
+    """The library's function with its first `count` arguments in float64: without its rounding."""
+    return lambda *args, **kwargs: function(*(x.double() for x in args[:count]), *args[count:], **kwargs)
 
 
 def rows_here(library: str) -> dict:
     """In the environment of the library: what `main` prints."""
     torch.set_num_threads(1)
+    stub(library)
     adapter = importlib.import_module(f"rlhf_fast.adapters.{library}")
     version = importlib.metadata.version(adapter.LIBRARY)
     rows = [case.row() for case in importlib.import_module(f"tests.adapters.parity_{library}").cases()]
@@ -134,7 +151,7 @@ def python_of(environment: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.adapters.parity", description=__doc__.splitlines()[0])
-    parser.add_argument("environments", nargs="*", choices=[*ENVIRONMENTS, []], help="default: all")
+    parser.add_argument("environments", nargs="*", choices=[*ENVIRONMENTS, []], help="default: all but nemo-rl")
     parser.add_argument("--here", metavar="LIBRARY", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
@@ -142,7 +159,7 @@ def main() -> None:
         return
     failures = []
     print("| library | function | inputs | values | gradients | remarks |\n| --- | --- | --- | --- | --- | --- |")
-    for environment in options.environments or ENVIRONMENTS:
+    for environment in options.environments or BY_DEFAULT:
         python = python_of(environment)
         if not python.exists():
             failures.append(f"{environment}: not installed, so nothing was compared: make parity")

@@ -10,15 +10,15 @@ import sys
 from unittest.mock import MagicMock
 
 NAMES = {
-    "openrlhf": ["flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed"]
-    + ["vllm", "vllm.inputs", "vllm.utils"],
-    "nemo_rl": ["pynvml", "mlflow", "swanlab", "wandb", "matplotlib", "uvicorn", "fastapi"]
-    + ["prometheus_client", "prometheus_client.parser", "prometheus_client.samples"],
+    "openrlhf": "flash_attn flash_attn.bert_padding flash_attn.utils flash_attn.utils.distributed vllm vllm.inputs vllm.utils",
+    "nemo_rl": "pynvml mlflow swanlab wandb matplotlib uvicorn fastapi prometheus_client prometheus_client.parser "
+    "prometheus_client.samples",
 }
 
 
 def stub(library: str) -> None:
-    missing = [name for name in NAMES.get(library, []) if importlib.util.find_spec(name.partition(".")[0]) is None]
+    names = NAMES.get(library, "").split()
+    missing = [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is None]
     for name in missing:
         module = MagicMock(name=name)
         module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
