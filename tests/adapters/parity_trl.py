@@ -190,7 +190,9 @@ def kernel(utils):
     name, remark = "_fused_logprob_entropy", "the Triton kernel, interpreted; its sums are float32, of logits up to 100"
     return [
         Case(name, original, mine, draw_kernel, remark, tolerance=3e-5, gradient_tolerance=3e-5),
-        Difference(name, "one logit is -inf: the kernel's entropy is NaN, ours that of the others", masked_column, inputs=5),
+        Difference(
+            name, "one logit is -inf: the kernel's entropy is NaN, ours that of the others", masked_column, inputs=5
+        ),
     ]
 
 
