@@ -125,7 +125,7 @@ def train(args: Args) -> list[dict[str, float]]:
                 optimizer.step()
         row = {"score": scores.mean(), "kl": (kl * mask).sum(1).mean(), "entropy": masked_mean(entropy, mask)}
         row |= {"policy_loss": policy_loss, "value_loss": value_loss, "length": mask.sum(1).float().mean()}
-        history.append({name: float(value) for name, value in row.items()})
+        history.append({name: float(value.detach()) for name, value in row.items()})
         print("  ".join(f"{name} {value:7.4f}" for name, value in history[-1].items()), flush=True)
     return history
 
