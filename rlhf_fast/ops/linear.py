@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops._common import (
+    _first_derivative_only,
     constants,
     flag,
     integer,
@@ -12,7 +13,7 @@ from rlhf_fast.ops._common import (
     optional_mask,
     optional_tensor,
 )
-from rlhf_fast.ops.logprob import _backward, _backward_inplace, _forward, gather_logprobs_reference
+from rlhf_fast.ops.logprob import _backward_inplace, _flat, _forward, gather_logprobs_reference
 
 # Bytes of the logits that exist at a time.
 WORKSPACE = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -88,7 +89,7 @@ def linear_logprobs(
     elif integer(op, "chunk_tokens", chunk_tokens, none=True) < 1:
         raise ValueError(f"{op}: `chunk_tokens` must be at least 1, got {chunk_tokens}")
 
-    rows, flat_labels, flat_mask = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), _flat(mask)
+    rows, flat_labels, flat_mask = hidden.reshape(-1, hidden.shape[-1]), labels.flatten(), _flat(mask)
     kept = _kept(flat_labels, flat_mask, ignore_index)
     if kept is not None:
         rows, flat_labels = rows[kept], flat_labels[kept]
@@ -165,16 +166,43 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def _flat(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(-1)
-
-
 def _kept(labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor | None:
     """The tokens that count, where leaving out the others costs no synchronisation and saves something."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     counts = labels != ignore_index if mask is None else (labels != ignore_index) & (mask != 0)
     return None if bool(counts.all()) else counts.nonzero().squeeze(-1)
+
+
+def _gradients(ctx, grad_logprobs, grad_entropy):
+    if not ctx.with_entropy:
+        grad_entropy = None
+    if grad_logprobs is None and grad_entropy is None:
+        return (None,) * 12
+    hidden, weight, bias, *rest = ctx.saved_tensors
+    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    wide = hidden.dtype if hidden.element_size() > 2 else torch.float32
+    by_hidden = torch.empty_like(hidden) if need_hidden else None
+    by_weight = weight.new_zeros(weight.shape, dtype=wide) if need_weight else None
+    by_bias = weight.new_zeros(len(weight), dtype=wide) if need_bias else None
+    for part in _chunks(len(hidden), ctx.chunk):
+        x = hidden[part]
+        upstream = [None if g is None else g[part] for g in (grad_logprobs, grad_entropy)]
+        labels, taus, mask, stats = (None if a is None else a[part] for a in rest)
+        logits = torch.nn.functional.linear(x, weight, bias)
+        _backward_inplace(*upstream, logits, labels, taus, mask, stats, *ctx.options)
+        if need_hidden:
+            by_hidden[part] = logits @ weight
+        if need_weight:
+            _add_product(by_weight, logits, x)
+        if need_bias:
+            by_bias += logits.sum(0, dtype=wide)
+    return (
+        by_hidden,
+        by_weight.to(weight.dtype) if need_weight else None,
+        by_bias.to(weight.dtype) if need_bias else None,
+        *(None,) * 9,
+    )
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -196,40 +224,7 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy):
-        if not ctx.with_entropy:
-            grad_entropy = None
-        if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 12
-        hidden, weight, bias, *rest = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        wide = hidden.dtype if hidden.element_size() > 2 else torch.float32
-        by_hidden = torch.empty_like(hidden) if need_hidden else None
-        by_weight = weight.new_zeros(weight.shape, dtype=wide) if need_weight else None
-        by_bias = weight.new_zeros(len(weight), dtype=wide) if need_bias else None
-        for part in _chunks(len(hidden), ctx.chunk):
-            x = hidden[part]
-            upstream = [None if g is None else g[part] for g in (grad_logprobs, grad_entropy)]
-            labels, taus, mask, stats = (None if a is None else a[part] for a in rest)
-            logits = torch.nn.functional.linear(x, weight, bias)
-            if torch.compiler.is_compiling():
-                logits = _backward(*upstream, logits, labels, taus, mask, stats, *ctx.options)
-            else:
-                _backward_inplace(*upstream, logits, labels, taus, mask, stats, *ctx.options)
-            if need_hidden:
-                by_hidden[part] = logits @ weight
-            if need_weight:
-                _add_product(by_weight, logits, x)
-            if need_bias:
-                by_bias += logits.sum(0, dtype=wide)
-        return (
-            by_hidden,
-            by_weight.to(weight.dtype) if need_weight else None,
-            by_bias.to(weight.dtype) if need_bias else None,
-            *(None,) * 9,
-        )
+    backward = staticmethod(_first_derivative_only("linear_logprobs", _gradients))
 
 
 def _chunks(tokens: int, chunk: int) -> list[slice]:

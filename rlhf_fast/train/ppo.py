@@ -233,9 +233,16 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
-        options = {"temperature": config.temperature, "response_mask": response_mask, "with_entropy": True}
-        options["full_logits"] = config.full_logits
-        logprobs, entropy = response_logprobs(models.policy, ids, mask, length, **options)
+        logprobs, entropy = response_logprobs(
+            models.policy,
+            ids,
+            mask,
+            length,
+            temperature=config.temperature,
+            response_mask=response_mask,
+            with_entropy=True,
+            full_logits=config.full_logits,
+        )
         policy_loss, policy_stats = ppo_policy_loss(
             logprobs,
             scored.logprobs[place],
