@@ -1,6 +1,7 @@
 """NeMo-RL's functions on our ops: next-token log-probs (nemo_rl.distributed.model_utils), KL estimates, GAE and the value loss.
 
-NeMo-RL is installed from its repository; the functions here are the same in its releases 0.6.0 and 0.7.0.
+NeMo-RL is installed from its repository. Tested were its release 0.7.0 and its main branch of August 2026, which calls itself
+0.6.0; the release 0.6.0 has neither GAE nor a value loss and is refused for want of them.
 
 Its own code runs on where logits are spread over several processes or filtered by top-k or top-p, and for KL estimates with
 importance weights, to which a gradient flows. Not here: masked_mean and masked_var (a sum under a given count, and a variance),
