@@ -92,6 +92,7 @@ def compute_reward(
     """
     if reward_clip_range:
         r = r.clamp(*reward_clip_range)
+    r = r.to(torch.promote_types(kl.dtype, torch.float32))  # the result has the KL's dtype, not that of float64 rewards
     return shape_rewards(r, kl, torch.zeros_like(kl), action_mask, kl_coef=max(kl_coef, 0.0))
 
 
@@ -140,7 +141,7 @@ def policy_loss(
         **aggregation,
     )
     # Of the log-ratio before it is bounded, unlike the op's own.
-    ppo_kl = masked_mean(old_log_probs.detach() - log_probs.detach(), action_mask)
+    ppo_kl = masked_mean(_difference(old_log_probs, log_probs), action_mask)
     return _times(loss, dp_size, aggregation), stats["clip_fraction"], ppo_kl, None, None
 
 
@@ -189,8 +190,13 @@ def dpo(
         label_smoothing=0.0 if self.ipo else self.label_smoothing,
         loss_type="ipo" if self.ipo else "sigmoid",
     )
-    rewards = (self.beta * (chosen - reference_chosen_logps), self.beta * (rejected - reference_rejected_logps))
-    return loss, *(r.detach() for r in rewards)
+    rewards = (_difference(chosen, reference_chosen_logps), _difference(rejected, reference_rejected_logps))
+    return loss, *(self.beta * r for r in rewards)
+
+
+def _difference(log_probs: Tensor, others: Tensor) -> Tensor:
+    """Without a gradient, and float32 where they are bf16."""
+    return kl_penalty(log_probs.detach(), others.detach(), estimator="k1")
 
 
 def _aggregation(token_level: bool, batch_num_tokens: Any, global_batch_size: Any) -> dict[str, Any]:

@@ -130,9 +130,24 @@ class Difference:
         return {"cells": cells, "failures": failures[:3]}
 
 
-def truth(function: Callable, count: int = 1) -> Callable:
-    """The library's function with its first `count` arguments in float64: without its rounding."""
-    return lambda *args, **kwargs: function(*(x.double() for x in args[:count]), *args[count:], **kwargs)
+def truth(function: Callable, count: int = 1, first: int = 0) -> Callable:
+    """The library's function with `count` of its arguments in float64: without its rounding."""
+    end = first + count
+    return lambda *args, **kwargs: function(
+        *args[:first], *(x.double() for x in args[first:end]), *args[end:], **kwargs
+    )
+
+
+def bfloat16(draw: Callable[[Draw], tuple], count: int = 1, first: int = 0) -> Callable[[Draw], tuple]:
+    """`count` of the drawn arguments in bf16."""
+
+    def drawn(source):
+        args = list(draw(source))
+        for i in range(first, first + count):
+            args[i] = args[i].detach().bfloat16().requires_grad_(args[i].requires_grad)
+        return tuple(args)
+
+    return drawn
 
 
 def rows_here(library: str) -> dict:

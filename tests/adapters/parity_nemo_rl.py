@@ -7,7 +7,7 @@ import torch
 import torch.distributed
 
 from rlhf_fast.adapters import nemo_rl as ours
-from tests.adapters.parity import Case, Difference, Draw, truth
+from tests.adapters.parity import Case, Difference, Draw, bfloat16, truth
 
 SMALL = torch.bfloat16, torch.float16
 ROUNDING = 2.0**-7  # of a bf16 gradient, which both sides round
@@ -103,6 +103,14 @@ def kl():
             lambda draw: draw_kl(draw, True),
             "importance weights: NeMo-RL's own code, under the patch too",
         ),
+        Case(
+            name,
+            truth(utils.calculate_kl, 2),
+            patched,
+            bfloat16(draw_kl, 2),
+            "bf16, against NeMo-RL on the same in float64",
+            gradient_tolerance=ROUNDING,
+        ),
     ]
 
 
@@ -169,6 +177,13 @@ def advantages():
             "on the mask, lambda [B] too",
         ),
         Case(
+            "_compute_gae",
+            masked_results(truth(kind._compute_gae, 2, 1)),
+            masked_results(ours.compute_gae),
+            bfloat16(draw_gae, 2, 1),
+            "bf16, against NeMo-RL on the same in float64",
+        ),
+        Case(
             "_reward_whiten",
             *map(whiten, (exact_whiten, ours.reward_whiten)),
             draw_whiten,
@@ -203,5 +218,13 @@ def value_loss():
             ours.value_loss,
             draw_loss,
             "clipped and not, masked samples and batches, all nine metrics",
-        )
+        ),
+        Case(
+            "MseValueLossFn.__call__",
+            truth(kind.__call__, 1, 1),
+            ours.value_loss,
+            bfloat16(draw_loss, 1, 1),
+            "bf16 values, against NeMo-RL on the same in float64",
+            gradient_tolerance=ROUNDING,
+        ),
     ]

@@ -5,10 +5,11 @@ import importlib
 import torch
 
 from rlhf_fast.adapters import openrlhf as ours
-from tests.adapters.parity import Case, Difference, Draw, truth
+from tests.adapters.parity import Case, Difference, Draw, bfloat16, truth
 
 WIDE, SMALL = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 ROUNDING = 2.0**-8  # of a bf16 gradient that either side rounds
+BFLOAT16 = {"remark": "bf16, against OpenRLHF on the same in float64", "gradient_tolerance": ROUNDING}
 
 
 def cases() -> list:
@@ -111,6 +112,13 @@ def kl_and_rewards(utils):
         theirs, mine = (f(r, 0.0, kl * mask, mask) for f in (utils.compute_reward, ours.compute_reward))
         assert theirs[1, -1] == r[1] and (mine[1] == 0).all() and torch.equal(theirs[0], mine[0])
 
+    def wide_rewards(draw):
+        theirs, mine = (
+            f(draw.normal(2).double(), 0.1, torch.zeros(2, 5), torch.ones(2, 5))
+            for f in (utils.compute_reward, ours.compute_reward)
+        )
+        assert theirs.dtype == mine.dtype == torch.float32
+
     def draw_mean(draw):
         mask = draw.mask(draw.size(5), draw.size(40))
         mask[:, 0] |= ~mask.any(1)
@@ -131,7 +139,7 @@ def kl_and_rewards(utils):
         return value + (way - way.detach())
 
     kl, both = "compute_approx_kl", (utils.compute_approx_kl, ours.compute_approx_kl)
-    rewards = map(masked_first, (utils.compute_reward, ours.compute_reward))
+    rewards = [*map(masked_first, (utils.compute_reward, ours.compute_reward))]
     return [
         Case(kl, *both, lambda draw: draw_kl(draw, False), "k1, k2, k3", 2e-5),
         Case(
@@ -142,7 +150,16 @@ def kl_and_rewards(utils):
             "unbiased, with importance weights; values against OpenRLHF's without, which lose nothing to a difference",
             2e-5,
         ),
+        Case(kl, *both, bfloat16(lambda draw: draw_kl(draw, False), 2), "bf16", 2e-5, ROUNDING),
         Case("compute_reward", *rewards, draw_reward, "gaps, clipped rewards"),
+        Case(
+            "compute_reward",
+            truth(rewards[0], 1, 2),
+            rewards[1],
+            bfloat16(bfloat16(draw_reward, 1, 2)),
+            **BFLOAT16,
+        ),
+        Difference("compute_reward", "float64 rewards: float32, as the KL", wide_rewards, 5, verdict="holds"),
         Difference(
             "compute_reward",
             "a row without a token: OpenRLHF puts its reward in the last column, ours drops it",
@@ -150,6 +167,7 @@ def kl_and_rewards(utils):
             5,
         ),
         Case("masked_mean", utils.masked_mean, ours.masked_mean, draw_mean, "without a mask too"),
+        Case("masked_mean", truth(utils.masked_mean), ours.masked_mean, bfloat16(draw_mean), **BFLOAT16),
         Difference("masked_mean", "nothing kept: OpenRLHF gives NaN, ours 0", nothing, 5),
     ]
 
@@ -202,6 +220,7 @@ def policy_loss(losses):
     return [
         Case(name, original, patched, draw_loss, "token and sequence means, dual clip, global counts, both statistics"),
         Case(name, original, patched, draw_kept, "gspo and is_correction: OpenRLHF's own code, under the patch too"),
+        Case(name, truth(original, 3, 1), patched, bfloat16(draw_loss, 3, 1), **BFLOAT16),
         Difference(name, "no token: OpenRLHF gives NaN, ours 0", nothing, 5),
         Difference(name, "NaN off the mask is not read (OpenRLHF: NaN)", hidden_nan, 50),
     ]
@@ -229,15 +248,20 @@ def other_losses(losses):
         n = draw.size(20)
         return loss, *(draw.normal(n, scale=draw.one_of(1.0, 30.0), grad=i < 2) for i in range(4))
 
-    dpo = losses.DPOLoss.forward
+    def no_value(draw):
+        loss, values, old, returns, mask, *_ = draw_value(draw)
+        theirs, mine = (f(loss, values, old, returns, mask & False) for f in (value, ours.value_loss))
+        assert theirs.isnan() and mine == 0
+
+    value, dpo = losses.ValueLoss.forward, losses.DPOLoss.forward
 
     def exact_dpo(loss, *log_probs):
         return dpo(loss, *(x.double() for x in log_probs))
 
     return [
-        Case(
-            "ValueLoss.forward", losses.ValueLoss.forward, ours.value_loss, draw_value, "clipped and not, global counts"
-        ),
+        Case("ValueLoss.forward", value, ours.value_loss, draw_value, "clipped and not, global counts"),
+        Case("ValueLoss.forward", truth(value, 3, 1), ours.value_loss, bfloat16(draw_value, 3, 1), **BFLOAT16),
+        Difference("ValueLoss.forward", "no token: OpenRLHF gives NaN, ours 0", no_value, 5),
         Case(
             "PairWiseLoss.forward",
             losses.PairWiseLoss.forward,
@@ -248,6 +272,7 @@ def other_losses(losses):
         Case("LogExpLoss.forward", losses.LogExpLoss.forward, ours.log_exp_loss, draw_pairs),
         Difference("LogExpLoss.forward", "rejected 200 ahead: OpenRLHF gives inf, ours 200", overflow, 1),
         Case("DPOLoss.forward", exact_dpo, ours.dpo, draw_dpo, "label smoothing, ipo; against OpenRLHF on float64"),
+        Case("DPOLoss.forward", exact_dpo, ours.dpo, bfloat16(draw_dpo, 4, 1), **BFLOAT16),
     ]
 
 
@@ -276,8 +301,10 @@ def advantages(maker):
 
     name, returns = "get_advantages_and_returns", "get_cumulative_returns"
     pairs = ((getattr(maker, n), getattr(ours, n)) for n in (name, returns))
+    gae = [*map(masked_results, next(pairs))]
     return [
-        Case(name, *map(masked_results, next(pairs)), draw_gae, "on the mask, gaps and empty rows"),
+        Case(name, *gae, draw_gae, "on the mask, gaps and empty rows"),
+        Case(name, truth(gae[0], 2), gae[1], bfloat16(draw_gae, 2), **BFLOAT16),
         Difference(
             name, "off the mask ours is 0; OpenRLHF leaves a decaying tail before and in gaps", off_the_mask, 50
         ),

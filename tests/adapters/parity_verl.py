@@ -10,10 +10,11 @@ import tempfile
 import torch
 
 from rlhf_fast.adapters import verl as ours
-from tests.adapters.parity import ROOT, Case, Difference, Draw, truth
+from tests.adapters.parity import ROOT, Case, Difference, Draw, bfloat16, truth
 
 WIDE, SMALL = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 ROUNDING = 2.0**-8  # of a bf16 gradient that either side rounds
+BFLOAT16 = {"remark": "bf16, against verl on the same in float64", "gradient_tolerance": ROUNDING}
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
@@ -197,6 +198,13 @@ def masked(functional):
             draw_whiten,
             "on the mask, against verl on the same values in float64",
         ),
+        Case("masked_mean", truth(functional.masked_mean), ours.masked_mean, bfloat16(draw_mean), **BFLOAT16),
+        Case(
+            "masked_whiten",
+            *map(on_the_mask, (truth(functional.masked_whiten), ours.masked_whiten)),
+            bfloat16(draw_whiten),
+            **BFLOAT16,
+        ),
         Difference("masked_whiten", "off the mask ours is 0, verl whitens what stands there", off_the_mask, 50),
         Difference("masked_whiten", "one token or none: verl raises, ours gives 0", few, 5),
     ]
@@ -217,7 +225,7 @@ def fused_head():
             draw.one_of(1.0, 0.7, 2.5),
         )
 
-    def bfloat16(draw):
+    def small(draw):
         hidden, weight = (draw.normal(n, 32, dtype=torch.bfloat16) for n in (6, 300))
         labels = draw.integers(300, 6)
         (theirs, entropy), (log_probs, exact) = original(hidden, weight, labels), mine(hidden, weight, labels)
@@ -227,7 +235,7 @@ def fused_head():
     name = "FusedLinearForPPO.forward"
     return [
         Case(name, original, mine, draw_head, "float32 and float64; two products summed in another order", 2e-5, 1e-4),
-        Difference(name, "bf16: the same log-probs; verl's entropy is bf16, off by up to {}", bfloat16, 50),
+        Difference(name, "bf16: the same log-probs; verl's entropy is bf16, off by up to {}", small, 50),
     ]
 
 
@@ -248,7 +256,7 @@ def advantages(algos):
     def returns_alone(function):
         return lambda *args: masked_results(function)(*args)[1]
 
-    def bfloat16(draw):
+    def small(draw):
         rewards, values, mask, *rest = draw_gae(draw)
         rewards, values = rewards.bfloat16(), values.bfloat16()
         exact, mine, theirs = (
@@ -303,7 +311,7 @@ def advantages(algos):
             draw_gae,
             "against verl in float32",
         ),
-        Difference(gae, "bf16: verl computes in bf16, returns off by up to {}; ours within 1e-5", bfloat16, 50),
+        Difference(gae, "bf16: verl computes in bf16, returns off by up to {}; ours within 1e-5", small, 50),
         Difference(gae, "off the mask ours is 0, verl leaves carried values", off_the_mask),
         Difference(gae, "NaN off the mask is not read (verl: everything is NaN)", hidden_nan),
         Case(
@@ -432,6 +440,13 @@ def policy_losses(algos):
                 "5 ways of averaging, global counts, rollout weights, 3 metrics"
                 + ("; log-ratios within 9" if kind == "gspo" else ""),
             ),
+            Case(
+                name,
+                truth(named(getattr(algos, name)), 3),
+                named(getattr(ours, name)),
+                bfloat16(lambda draw, kind=kind: draw_loss(draw, most=8.0 if kind == "gspo" else None), 3),
+                **BFLOAT16,
+            ),
             Difference(name, "no token: verl gives NaN, ours 0 with gradient 0", empty(name), 5),
         ]
     return [
@@ -468,11 +483,19 @@ def value_loss(algos):
         )
         assert torch.allclose(theirs, 0.75 * mine, atol=1e-6)
 
+    def nothing(draw):
+        values, returns, old, mask, *_ = draw_loss(draw)
+        theirs, mine = (m.compute_value_loss(values, returns, old, mask & False, 0.5)[0] for m in (algos, ours))
+        assert theirs.isnan() and mine == 0
+        mine.backward()
+        assert (values.grad == 0).all()
+
+    name = "compute_value_loss"
     return [
-        Case("compute_value_loss", algos.compute_value_loss, ours.compute_value_loss, draw_loss, "likewise"),
-        Difference(
-            "compute_value_loss", "a value exactly on the bound: verl's gradient is 3/4 of ours", on_the_bound, 50
-        ),
+        Case(name, algos.compute_value_loss, ours.compute_value_loss, draw_loss, "5 ways of averaging, global counts"),
+        Case(name, truth(algos.compute_value_loss, 3), ours.compute_value_loss, bfloat16(draw_loss, 3), **BFLOAT16),
+        Difference(name, "no token: verl gives NaN, ours 0 with gradient 0", nothing, 5),
+        Difference(name, "a value exactly on the bound: verl's gradient is 3/4 of ours", on_the_bound, 50),
     ]
 
 

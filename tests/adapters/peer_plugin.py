@@ -1,4 +1,4 @@
-"""A pytest plugin that peer_tests.py puts among a library's own tests: stand-ins for what this machine cannot have, and the patch."""
+"""A pytest plugin that peer_tests.py puts among a library's own tests: stand-ins for packages that need a GPU, and the patch."""
 
 import importlib
 import importlib.machinery
