@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.adapters import _patch
 from rlhf_fast.adapters._patch import differences
 from tests.adapters.stubs import stub
 
@@ -148,6 +150,67 @@ def bfloat16(draw: Callable[[Draw], tuple], count: int = 1, first: int = 0) -> C
         return tuple(args)
 
     return drawn
+
+
+def installed(library: str, importers: list[str], train: Callable[[Draw], Any], remark: str) -> list[Difference]:
+    """The patch itself: `train` is the library's own code, which reaches our functions in the places where patch put them.
+
+    `importers` are modules that import the originals by name.
+    """
+
+    def held() -> dict[tuple[str, ...], Any]:
+        """What stands where, in the library's modules, in the registries in them and in its classes."""
+        found = {}
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] != library:
+                continue
+            for key, value in list(vars(module).items()):
+                found[name, key] = value
+                inside = value if type(value) is dict else vars(value) if isinstance(value, type) else {}
+                found |= {(name, key, str(k)): v for k, v in list(inside.items())}
+        return found
+
+    def same(before: dict) -> bool:
+        now = held()
+        return all(now[place] is value for place, value in before.items() if not place[-1].startswith("__"))
+
+    def there_and_back(draw: Draw) -> float:
+        for name in importers:
+            importlib.import_module(name)
+        seed = draw.size(10**6)
+        theirs = train(Draw(seed))
+        before = held()
+        with _patch.patch(library, quiet=True):
+            swaps = {id(swap.original): swap for swap in _patch._active[library].swaps}
+            places = [place for place, value in before.items() if id(value) in swaps]
+            now = held()
+            assert all(now[place] is swaps[id(before[place])].ours for place in places)
+            assert not [place for place, value in now.items() if id(value) in swaps]
+            for name in importers:
+                assert any(place[0] == name for place in places), f"{name} imports nothing that was replaced"
+            mine = train(Draw(seed))
+        assert same(before)
+        value, _ = differences(lambda: theirs, lambda: mine)
+        assert value < 1e-5, value
+        return len(places)
+
+    def unknown(draw: Draw) -> None:
+        before = held()
+        with mock.patch.object(importlib.metadata, "version", lambda name: "0.0.1"):
+            try:
+                _patch.patch(library)
+            except RuntimeError as error:
+                known = importlib.import_module(f"rlhf_fast.adapters.{library}").VERSIONS
+                assert all(version in str(error) for version in ("0.0.1", *known))
+            else:
+                raise AssertionError("version 0.0.1 was not refused")
+        assert same(before) and library not in _patch._active
+
+    where = f"in {{}} places, by name in {len(importers)} modules; all put back"
+    return [
+        Difference("patch", f"{where}; {remark}", there_and_back, 20, verdict="holds"),
+        Difference("patch", "an unknown version is refused, nothing replaced", unknown, 1, verdict="holds"),
+    ]
 
 
 def rows_here(library: str) -> dict:

@@ -10,7 +10,7 @@ import tempfile
 import torch
 
 from rlhf_fast.adapters import verl as ours
-from tests.adapters.parity import ROOT, Case, Difference, Draw, bfloat16, truth
+from tests.adapters.parity import ROOT, Case, Difference, Draw, bfloat16, installed, truth
 
 WIDE, SMALL = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 ROUNDING = 2.0**-8  # of a bf16 gradient that either side rounds
@@ -28,6 +28,16 @@ def cases() -> list:
         *policy_losses(algos),
         *value_loss(algos),
         *kl(algos),
+        *installed(
+            "verl",
+            [
+                "verl.trainer.distillation.losses",
+                "verl.workers.engine.fsdp.transformer_impl",
+                "verl.workers.utils.losses",
+            ],
+            train,
+            "verl's ppo_loss, value_loss and advantage estimators give the same",
+        ),
         Difference("patch", "in a Ray worker, by patch_worker as its setup hook", ray_worker, 1, verdict="holds"),
     ]
 
@@ -523,6 +533,53 @@ def kl(algos):
             gradient_tolerance=ROUNDING,
         ),
     ]
+
+
+def train(draw: Draw) -> list:
+    """verl's own way from rewards to both losses of PPO, and their gradients, of unpadded log-probs and values."""
+    losses, algos = map(importlib.import_module, ("verl.workers.utils.losses", "verl.trainer.ppo.core_algos"))
+    data = importlib.import_module("tensordict").TensorDict
+    configs = importlib.import_module("verl.workers.config")
+    critic, policy = configs.CriticConfig, configs.PolicyLossConfig
+    batch, prompt, length = 3, 4, 7
+    mask = draw.mask(batch, length, least=3, gaps=False).long()
+    attention = torch.cat([torch.ones(batch, prompt, dtype=torch.int64), mask], 1)
+    tokens = int(attention.sum())
+    estimator = algos.get_adv_estimator_fn(draw.one_of("gae", "reinforce_plus_plus"))
+    rewards, values = draw.normal(batch, length), draw.normal(batch, length)
+    algorithm = importlib.import_module("verl.trainer.config").AlgoConfig(gamma=0.9)
+    if estimator is algos.compute_gae_advantage_return:
+        advantages, returns = estimator(rewards, values, mask, gamma=0.9, lam=0.8)
+    else:
+        advantages, returns = estimator(token_level_rewards=rewards, response_mask=mask, config=algorithm)
+    advantages, returns = advantages * mask, returns * mask  # what stands off the mask differs
+    columns = {
+        "prompts": draw.integers(9, batch, prompt),
+        "responses": draw.integers(9, batch, length),
+        "attention_mask": attention,
+        "response_mask": mask,
+        "old_log_probs": draw.normal(batch, length),
+        "ref_log_prob": draw.normal(batch, length),
+        "advantages": advantages,
+        "values": values,
+        "returns": returns,
+    }
+    rest = draw.one_of((1, None, None), (2, int(mask.sum()) * 2, batch * 2))
+    rest = dict(zip(("dp_size", "batch_num_tokens", "global_batch_size"), rest, strict=True))
+    inputs = data(columns, batch_size=batch)
+    for name, value in rest.items():
+        inputs.set_non_tensor(name, value)
+    found = [advantages, returns]
+    for mode in ("vanilla", "gspo", "cispo"):
+        kl_type = draw.one_of("low_var_kl", "kl", "mse")
+        config = actor_config(draw, use_kl_loss=True, kl_loss_type=kl_type, policy_loss=policy(loss_mode=mode))
+        log_probs, entropy = draw.normal(tokens, scale=0.5, grad=True), draw.normal(tokens, grad=True)
+        loss, _ = losses.ppo_loss(config, {"log_probs": log_probs, "entropy": entropy}, inputs)
+        found += [loss.detach(), *torch.autograd.grad(loss, (log_probs, entropy))]
+    config = critic(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, cliprange_value=0.5)
+    predicted = draw.normal(tokens, grad=True)
+    loss, metrics = losses.value_loss(config, {"values": predicted}, inputs)
+    return [*found, loss.detach(), *torch.autograd.grad(loss, predicted), metrics["critic/vf_clipfrac"]]
 
 
 RAY = """
