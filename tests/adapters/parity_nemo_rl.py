@@ -7,7 +7,7 @@ import torch
 import torch.distributed
 
 from rlhf_fast.adapters import nemo_rl as ours
-from tests.adapters.parity import Case, Difference, Draw, bfloat16, truth
+from tests.adapters.parity import Case, Difference, Draw, bfloat16, installed, truth
 
 SMALL = torch.bfloat16, torch.float16
 ROUNDING = 2.0**-7  # of a bf16 gradient, which both sides round
@@ -15,7 +15,9 @@ ROUNDING = 2.0**-7  # of a bf16 gradient, which both sides round
 
 def cases() -> list:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    return [*log_probs(), *kl(), *advantages(), *value_loss()]
+    by_name = ["nemo_rl.algorithms.loss.loss_functions", "nemo_rl.algorithms.loss.utils"]
+    remark = "NeMo-RL's loss input, policy loss, advantages and value loss give the same"
+    return [*log_probs(), *kl(), *advantages(), *value_loss(), *installed("nemo_rl", by_name, train, remark)]
 
 
 def log_probs():
@@ -228,3 +230,43 @@ def value_loss():
             gradient_tolerance=ROUNDING,
         ),
     ]
+
+
+def train(draw: Draw) -> list:
+    """NeMo-RL's own way from logits, rewards and values to both losses of PPO, and their gradients."""
+    loss, utils = map(importlib.import_module, ("nemo_rl.algorithms.loss", "nemo_rl.algorithms.loss.utils"))
+    functions, estimators = map(
+        importlib.import_module,
+        ("nemo_rl.algorithms.loss.loss_functions", "nemo_rl.algorithms.advantage_estimator"),
+    )
+    batch, length, vocab = 3, 7, 11
+    logits, mask = draw.normal(batch, length, vocab, grad=True), draw.mask(batch, length, least=3, gaps=False).float()
+    config = loss.ClippedPGLossConfig(reference_policy_kl_penalty=0.1, reference_policy_kl_type=draw.one_of("k1", "k3"))
+    policy = loss.ClippedPGLossFn(config)
+    settings = {"gae_lambda": 0.95, "gae_gamma": 0.99, "normalize_advantages": True}
+    settings |= {"gae_lambda_value": None, "gae_lambda_policy": None, "length_adaptive_alpha": 0.0}
+    estimator = estimators.GeneralizedAdvantageEstimator(settings, config)
+    values = draw.normal(batch, length)
+    advantages, returns = estimator.compute_advantage(None, draw.normal(batch), mask.long(), values)
+    data = importlib.import_module("nemo_rl.distributed.batched_data_dict").BatchedDataDict(
+        {
+            "input_ids": draw.integers(vocab, batch, length),
+            "token_mask": mask,
+            "sample_mask": torch.ones(batch),
+            "advantages": advantages * mask,
+            "returns": returns * mask,
+            "values": values,
+            "prev_logprobs": draw.normal(batch, length),
+            "generation_logprobs": draw.normal(batch, length),
+            "reference_policy_logprobs": draw.normal(batch, length),
+        }
+    )
+    counts = torch.tensor(float(batch)), mask.sum()
+    with mock.patch.object(torch.Tensor, "cuda", lambda x: x):
+        inputs, data = utils.prepare_loss_input(logits, data, policy)
+    first, metrics = policy(data=data, global_valid_seqs=counts[0], global_valid_toks=counts[1], **inputs)
+    predicted = draw.normal(batch, length, 1, grad=True)
+    second, more = functions.MseValueLossFn(functions.MseValueLossConfig(cliprange=0.2))(predicted, data, *counts)
+    gradients = torch.autograd.grad(first + second, (logits, predicted))
+    numbers = [x for x in (*metrics.values(), *more.values()) if isinstance(x, float)]
+    return [advantages * mask, returns * mask, first.detach(), second.detach(), *gradients, numbers]

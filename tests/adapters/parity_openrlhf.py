@@ -1,11 +1,12 @@
 """OpenRLHF 0.11.2 beside rlhf_fast.adapters.openrlhf; flash-attn and vLLM, which it imports, are stand-ins."""
 
 import importlib
+from types import SimpleNamespace
 
 import torch
 
 from rlhf_fast.adapters import openrlhf as ours
-from tests.adapters.parity import Case, Difference, Draw, bfloat16, truth
+from tests.adapters.parity import Case, Difference, Draw, bfloat16, installed, truth
 
 WIDE, SMALL = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 ROUNDING = 2.0**-8  # of a bf16 gradient that either side rounds
@@ -22,6 +23,18 @@ def cases() -> list:
         *other_losses(losses),
         *advantages(maker),
         *actor(),
+        *installed(
+            "openrlhf",
+            [
+                "openrlhf.models.actor",
+                "openrlhf.models.loss",
+                "openrlhf.trainer.ppo_utils.experience_maker",
+                "openrlhf.trainer.ray.ppo_actor",
+                "openrlhf.trainer.ray.ppo_critic",
+            ],
+            train,
+            "OpenRLHF's experience maker, actor and losses give the same",
+        ),
     ]
 
 
@@ -402,6 +415,52 @@ def actor():
         Difference(name, "asked for logits: OpenRLHF's own code", for_logits, 5, verdict="holds"),
         Difference(name, "tensors of the size of the logits: {} bytes a logit fewer are made", copies, 1),
     ]
+
+
+def train(draw: Draw) -> list:
+    """OpenRLHF's own way from rewards and an actor to both losses of PPO, and their gradients."""
+    models, experiences = map(
+        importlib.import_module, ("openrlhf.models", "openrlhf.trainer.ppo_utils.experience_maker")
+    )
+    actor_module = importlib.import_module("openrlhf.models.actor")
+    actor_module.compute_entropy = eager(actor_module.compute_entropy)
+    batch, prompt, length, vocab = 4, 3, 6, 11
+    sequences, mask = draw.integers(vocab, batch, prompt + length), draw.mask(batch, length, gaps=False).float()
+    mask[:, 0] = 1
+    attention = torch.cat([torch.ones(batch, prompt), mask], 1).long()
+    table = draw.normal(vocab, vocab, grad=True)
+    actor = models.Actor(ours._TableModel(table), temperature=0.7)
+    actor.packing_samples = bool(draw.one_of(0, 1))
+
+    estimator = draw.one_of("gae", "reinforce", "rloo", "group_norm")
+    advantage = SimpleNamespace(estimator=estimator, gamma=1.0, lambd=0.9, no_std_norm=False)
+    maker = experiences.RemoteExperienceMaker.__new__(experiences.RemoteExperienceMaker)
+    maker.advantage_estimator, maker.kl_ctl = estimator, SimpleNamespace(value=0.05)
+    maker.strategy = SimpleNamespace(
+        args=SimpleNamespace(
+            rollout=SimpleNamespace(n_samples_per_prompt=2),
+            reward=SimpleNamespace(clip_range=(-5.0, 5.0), overlong_buffer_len=None, stop_properly_penalty_coef=None),
+            algo=SimpleNamespace(advantage=advantage),
+        )
+    )
+    old, base, values = (draw.normal(batch, length) * mask for _ in range(3))
+    kl = experiences.compute_approx_kl(old, base)
+    experience = SimpleNamespace(
+        index=list(range(batch)), rewards=draw.normal(batch), action_mask=mask, kl=kl, values=values, info={}
+    )
+    maker.compute_advantages_and_returns([experience])
+    advantages, returns = experience.advantages * mask, experience.returns * mask
+
+    new, output = actor(
+        sequences, mask, attention_mask=attention, return_output=True, return_logprobs=True, return_entropy=True
+    )
+    policy, clipped, approximate, *_ = models.PolicyLoss()(new, old, advantages, mask)
+    entropy = output.entropy[:, -length:]
+    total = policy - 0.01 * (entropy * mask).sum() / mask.sum()
+    predicted = draw.normal(batch, length, grad=True)
+    value = models.ValueLoss(0.2)(predicted, values, returns, mask)
+    gradients = torch.autograd.grad(total + value, (table, predicted))
+    return [kl, advantages, returns, new.detach(), total.detach(), clipped, approximate, value.detach(), *gradients]
 
 
 class _Head(torch.nn.Module):
