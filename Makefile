@@ -63,8 +63,9 @@ build/peers/%/installed: bench/peers/%.txt
 	if [ $* = nemo-rl ]; then $(@D)/bin/python -m pip install -q --no-deps --ignore-requires-python -e $(NEMO_RL); fi
 	touch $@
 
-peers: install build/peers/trl-1.12/installed
+peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
 	$(PY) -m bench.ppo_update
+	$(PY) -m bench.linear_peers
 	$(PY) -m bench.swap_in_trl
 
 # The environments that tests/adapters/parity.py knows. NEMO_RL is a checkout of NeMo-RL, which is on no index.

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.machinery
+import inspect
 import os
 import sys
 
@@ -26,7 +27,7 @@ def patch() -> None:
 
     adapter = importlib.import_module(f"rlhf_fast.adapters.{LIBRARY}")
     for name, value in list(vars(adapter).items()):
-        if getattr(value, "__module__", "").startswith("rlhf_fast.ops"):
+        if inspect.isfunction(value) and value.__module__.startswith("rlhf_fast.ops"):
             setattr(adapter, name, counted(value))
     rlhf_fast.patch(LIBRARY)
     of_files = {}

@@ -31,7 +31,7 @@ FILES = {
         "tests/experimental/test_orpo_trainer.py",
         "tests/experimental/test_tpo_trainer.py",
     ],
-    "trl-1.16": ["tests/test_utils.py"],
+    "trl-1.16": ["tests/test_utils.py", "tests/test_grpo_trainer.py", "tests/test_rloo_trainer.py"],
     "verl-0.9": [
         "tests/models/test_fused_kernels_ulysses_sp_on_cpu.py",
         "tests/trainer/ppo/test_core_algos_on_cpu.py",
