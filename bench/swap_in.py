@@ -1,8 +1,8 @@
 """What rlhf_fast.patch puts into verl, OpenRLHF and NeMo-RL beside what stood there: python -m bench.swap_in [ENVIRONMENT ...]
 
-Each function, forward and backward where it has a gradient, on one input, each way in a process of its own, one thread: CPU-seconds
-a call and the peak of memory above what was resident before the first. Needs the environments of `make parity`. Writes
-bench/results/swap-in.json and .md.
+Each function, forward and backward where it has a gradient, on one input, one thread, with and without the patch in processes of
+their own: CPU-seconds a call, and the peak of memory above what was resident before the first. Needs the environments of
+`make parity`. Writes bench/results/swap-in.json and .md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def contend(name: str, s: dict) -> contenders.Result:
     from tests.adapters.parity import ENVIRONMENTS
     from tests.adapters.stubs import stub
 
-    environment, function, way = name.split()
+    environment, way = name.split()
     library = ENVIRONMENTS[environment]
     torch.set_num_threads(s["threads"])
     stub(library)
@@ -55,16 +56,19 @@ def contend(name: str, s: dict) -> contenders.Result:
     calls = {"verl": verl, "openrlhf": openrlhf, "nemo_rl": nemo_rl}[library](torch, s)
     if way == "patched":
         rlhf_fast.patch(library)
-    torch.manual_seed(0)
-    call = calls[function]()
-    start, laps = contenders.forget_peak(), contenders.Laps()
-    laps.start()
-    for _ in range(s["warm_up"] + s["rounds"]):
-        call()
-        laps.lap()
-    peak = contenders.memory("VmHWM") - start
-    version = importlib.metadata.version(adapter.LIBRARY)
-    return laps.after(s["warm_up"]) | {"peak_bytes": peak, "version": version}
+    measured = {}
+    for function, prepare in calls.items():
+        torch.manual_seed(0)
+        call = prepare()
+        start, laps = contenders.forget_peak(), contenders.Laps()
+        laps.start()
+        for _ in range(s["warm_up"] + s["rounds"]):
+            call()
+            laps.lap()
+        peak = contenders.memory("VmHWM") - start
+        measured[function] = laps.after(s["warm_up"]) | {"peak_bytes": peak}
+        del call
+    return {"functions": measured, "version": importlib.metadata.version(adapter.LIBRARY)}
 
 
 def from_a_head(torch, logits) -> Callable:
@@ -221,19 +225,21 @@ def render(result: contenders.Result) -> str:
     lines = [
         f"{result['machine']}, {s['threads']} thread; commit {result['commit']}",
         "",
-        f"Logits bf16, [{s['rows']}, {s['tokens']}, {s['vocab']}] (the fused head: 1024 hidden states of {s['hidden']}), the rest "
-        f"float32 [{s['batch']}, {s['length']}]. Forward and backward. CPU-ms a call: median of {s['rounds']} after "
+        f"Logits bf16, [{s['rows']}, {s['tokens']}, {s['vocab']}] (the fused head: 1024 hidden states of {s['hidden']}), the "
+        f"rest float32 [{s['batch']}, {s['length']}]. Forward and backward. CPU-ms a call: median of {s['rounds']} after "
         f"{s['warm_up']}, least and most in brackets. Peak: above the inputs; it holds the logits themselves.",
         "",
     ]
     table = []
-    for label, pair in result["pairs"].items():
-        plain, patched = ([1e3 * x for x in one["cpu_seconds"]] for one in pair)
-        times = [f"{contenders.median(x):.3g} ({contenders.spread(x)})" for x in (plain, patched)]
-        peaks = [f"{one['peak_bytes'] / contenders.MB:.0f}" for one in pair]
-        name = f"{label.split()[0].partition('-')[0]} {pair[0]['version']}"
-        ratio = contenders.median(plain) / contenders.median(patched)
-        table.append([name, f"`{label.split()[1]}`", *times, f"{ratio:.2g}", *peaks])
+    for environment, both in result["pairs"].items():
+        for function in FUNCTIONS[environment]:
+            pair = [one["functions"][function] for one in both]
+            plain, patched = ([1e3 * x for x in one["cpu_seconds"]] for one in pair)
+            times = [f"{contenders.median(x):.3g} ({contenders.spread(x)})" for x in (plain, patched)]
+            peaks = [f"{one['peak_bytes'] / contenders.MB:.0f}" for one in pair]
+            ratio = contenders.median(plain) / contenders.median(patched)
+            name = f"{'nemo-rl' if environment == 'nemo-rl' else environment.partition('-')[0]} {both[0]['version']}"
+            table.append([name, f"`{function}`", *times, f"{ratio:.2g}", *peaks])
     columns = ["library", "function", "its own, CPU-ms", "ours", "its own / ours", "its peak, MB", "ours"]
     return "\n".join([*lines, contenders.table(columns, table)])
 
@@ -250,14 +256,13 @@ def main() -> None:
     pairs = {}
     for environment in options.environments or FUNCTIONS:
         python = contenders.peer_python(environment)
-        for function in FUNCTIONS[environment]:
-            label = f"{environment} {function}"
-            pair = [
-                contenders.run("bench.swap_in", f"{label} {way}", SETTINGS, python=python, memory_gib=18.0)
-                for way in ("plain", "patched")
-            ]
-            if not any("failed" in one for one in pair):
-                pairs[label] = pair
+        pair = [
+            contenders.run("bench.swap_in", f"{environment} {way}", SETTINGS, python=python, memory_gib=18.0)
+            for way in ("plain", "patched")
+        ]
+        if any("failed" in one for one in pair):
+            sys.exit("a contender failed: see above")
+        pairs[environment] = pair
     result = {"machine": contenders.machine(), "commit": contenders.commit(), "settings": SETTINGS, "pairs": pairs}
     contenders.write("swap-in", result, render(result))
 
