@@ -56,6 +56,10 @@ RIGHT = [
     ("ppo_policy_loss", "advantages", "row 0 of it"),
     ("ppo_policy_loss", "advantages", "1 dimension more at the end"),
     ("ppo_policy_loss", "advantages", "1 more in dimension 1"),  # [B, 0] beside T = 1
+    ("ppo_loss_from_logits", "advantages", "1 dimension less"),
+    ("ppo_loss_from_logits", "advantages", "row 0 of it"),
+    ("ppo_loss_from_logits", "advantages", "1 dimension more at the end"),
+    ("ppo_loss_from_logits", "advantages", "1 more in dimension 1"),
     ("group_advantages", "rewards", "on meta"),  # shapes alone
     ("group_advantages", "rewards", "nothing in it"),
     (None, "kept", "nothing in it"),  # where every label is ignored

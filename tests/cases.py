@@ -19,6 +19,7 @@ from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_ref
 from rlhf_fast.ops.logprob import gather_logprobs_reference
 from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
+from rlhf_fast.ops.ppo_loss_from_logits import ppo_loss_from_logits_reference
 from rlhf_fast.ops.preference import dpo_loss_reference, reward_pair_loss_reference
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -261,6 +262,63 @@ def draw_ppo_policy_loss(rng: random.Random) -> Call:
     return Call((*draw_pair_of_logprobs(rng, shape, real_dtype(rng)), restride(rng, advantages)), kwargs)
 
 
+def draw_ppo_loss_from_logits(rng: random.Random) -> Call:
+    shape, rows, kwargs = draw_rows(rng)
+    count = math.prod(shape)
+    vocab = rng.choice([v for v in (1, 2, 7, 31, 82, 1000, 2049, 4099) if v * count < 100_000] or [1, 2])
+    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    logits = randn(rng, *shape, vocab, scale=rng.choice([0.0, 1.0, 5.0, 100.0]), dtype=dtype)
+    if vocab > 2 and rng.random() < 0.2:
+        logits[..., : rng.randrange(1, vocab)] = -math.inf
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    labels = torch.randint(0, vocab, shape, generator=generator)
+    kwargs |= {"clip_low": rng.choice([0.2, 0.05, 1.0]), "clip_high": rng.choice([0.2, 0.28]), **draw_aggregate(rng)}
+    kwargs["loss_type"] = rng.choice(["ppo", "ppo", "cispo"])
+    kwargs["importance_sampling_level"] = rng.choice(["token", "token", "token", "sequence"])
+    kwargs["dual_clip"] = rng.choice([None, None, 3.0, 1.5]) if kwargs["loss_type"] == "ppo" else None
+    kwargs["log_ratio_clip"] = rng.choice([20.0, 0.5, None])
+    kwargs["entropy_coef"] = rng.choice([0.0, 0.0, 0.01, -0.5])
+    options = {}
+    if rng.random() < 0.3:
+        options["temperature"] = rng.choice([0.7, 2.0, torch.rand(shape, generator=generator) + 0.5])
+    if rng.random() < 0.2 and dtype != torch.float16:
+        options["softcap"] = rng.choice([5.0, 30.0])
+    if rng.random() < 0.2:
+        options["logit_scale"] = rng.choice([0.0625, 1.5])
+    if rng.random() < 0.8:
+        kwargs["mask"] = draw_mask(rng, shape)
+    if count > 8 and kwargs["aggregate"].endswith(("token-sum", "norm")):
+        # A sum of n log-probs is off by n times what one is: brought back to where one tolerance serves.
+        kwargs["normalizer"] = rng.choice([count, torch.tensor(float(count)), torch.tensor([count])])
+    has_reference = rng.random() < 0.4
+    if has_reference or kwargs["importance_sampling_level"] == "sequence":
+        # Not for labels on -inf: their KL is infinite, the reference's gradient inf times p = 0, its sequences' ratios inf - inf.
+        possible = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) > -math.inf
+        labels = torch.where(possible, labels, vocab - 1)
+    # Log-ratios of a policy that has moved: those of noise would all be clamped.
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    logprobs = gather_logprobs_reference(logits.double(), labels, **wide).clamp(min=-1e4)
+
+    def moved(dtype):
+        # A ratio of 20 is an upstream gradient of 20: only where many tokens share the loss.
+        far = rng.choice([0.01, 0.3] if torch.float16 in (dtype, logits.dtype) or count <= 8 else [0.01, 0.3, 3.0])
+        return restride(rng, (logprobs + randn(rng, *shape, scale=far, dtype=torch.float64)).to(dtype))
+
+    if has_reference:
+        kwargs["ref_logprobs"] = moved(real_dtype(rng))
+        kwargs["kl_coef"] = rng.choice([0.0, 0.05, 1.0])
+        kwargs["kl_estimator"] = rng.choice(list(ESTIMATORS))
+    if rng.random() < 0.3 and count:
+        labels.flatten()[rng.randrange(count)] = -100
+    one_a_row = [(rows, 1), *([(rows,)] if shape != (rows,) else [])]
+    advantages = restride(rng, randn(rng, *rng.choice([shape, shape, *one_a_row]), dtype=real_dtype(rng)))
+    labels = restride(rng, labels.to(rng.choice([torch.int32, torch.int64])))
+    return Call(
+        (restride(rng, logits, rows_only=rng.random() < 0.8), labels, moved(real_dtype(rng)), advantages),
+        kwargs | options,
+    )
+
+
 def draw_ppo_value_loss(rng: random.Random) -> Call:
     shape, _, kwargs = draw_rows(rng)
     tensors = [randn(rng, *shape, dtype=real_dtype(rng)) for _ in range(3)]
@@ -319,6 +377,9 @@ OPS = {
     "masked_whiten": Op(rlhf_fast.masked_whiten, masked_whiten_reference, draw_masked_whiten, units=0.51),
     "ppo_policy_loss": Op(rlhf_fast.ppo_policy_loss, ppo_policy_loss_reference, draw_ppo_policy_loss, units=0.51),
     "ppo_value_loss": Op(rlhf_fast.ppo_value_loss, ppo_value_loss_reference, draw_ppo_value_loss, units=0.51),
+    "ppo_loss_from_logits": Op(
+        rlhf_fast.ppo_loss_from_logits, ppo_loss_from_logits_reference, draw_ppo_loss_from_logits
+    ),
     "reward_pair_loss": Op(rlhf_fast.reward_pair_loss, reward_pair_loss_reference, draw_reward_pair_loss, units=0.51),
     "group_advantages": Op(rlhf_fast.group_advantages, group_advantages_reference, draw_group_advantages, units=0.51),
     "dpo_loss": Op(rlhf_fast.dpo_loss, dpo_loss_reference, draw_dpo_loss, units=0.51),
@@ -352,8 +413,12 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> f
     return worst
 
 
+# What takes gradients, of the ops that refuse them for the rest.
+INPUTS = {"ppo_loss_from_logits": (0, "logits")}
+
+
 def is_input(op: str, index: int | str, value) -> bool:
-    return (
+    return index in INPUTS.get(op, (index,)) and (
         isinstance(value, Tensor)
         and value.is_floating_point()
         and index not in ("mask", "temperature", "lam", "normalizer")
@@ -425,7 +490,9 @@ def units_of(name: str, call: Call) -> float:
         return 4.0 + float(kept.abs().max() / (kept.std() + 1e-4)) if kept.numel() > 1 else 4.0
     if kind == "softcap":  # z = cap tanh(..) / temperature is itself a rounded number as large as this
         smallest = torch.cat([torch.as_tensor(call.kwargs.get("temperature", 1.0)).flatten(), torch.ones(1)]).min()
-        return units + call.kwargs["softcap"] / float(smallest)
+        return units + call.kwargs["softcap"] / float(smallest) * (
+            3 if name == "ppo_loss_from_logits" else 1
+        )  # advantages
     return units
 
 

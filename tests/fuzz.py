@@ -121,6 +121,8 @@ def assert_packed_is_padded(name: str, kwargs: dict, device: str) -> None:
     mask = kwargs.get("mask")
     mask = torch.ones(tokens, dtype=torch.bool) if mask is None else mask
     padded = change_rows({k: v for k, v in kwargs.items() if k != "cu_seqlens"}, tokens, pad)
+    if isinstance(padded.get("temperature"), Tensor):  # refused on the CPU where it is not above 0
+        padded["temperature"] = padded["temperature"].nan_to_num(nan=1.0)
     padded["mask"] = torch.zeros(inside.shape, dtype=mask.dtype).masked_scatter(inside, mask.contiguous())
     if name == "masked_mean":
         padded["dim"] = -1

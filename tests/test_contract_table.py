@@ -429,6 +429,7 @@ MANY_ROWS = {
     ),
     "ppo_policy_loss": lambda n: Call((), loss_inputs("ppo_policy_loss", n, 1)),
     "ppo_value_loss": lambda n: Call((), loss_inputs("ppo_value_loss", n, 1)),
+    "ppo_loss_from_logits": lambda n: Call((), loss_inputs("ppo_loss_from_logits", n, 1)),
 }
 
 
@@ -791,6 +792,14 @@ def _(name, device):
 
 
 def loss_inputs(name: str, rows=6, length=9) -> dict:
+    if name == "ppo_loss_from_logits":
+        given = logits_and_labels(rows, length, vocab=11)
+        near = given["logits"].log_softmax(-1).gather(-1, given["labels"].unsqueeze(-1)).squeeze(-1)
+        return {
+            **given,
+            "old_logprobs": near + tokens(rows, length, scale=0.3),
+            "advantages": tokens(rows, length, seed=1),
+        }
     keys = list(inspect.signature(OPS[name].function).parameters)[:3]
     return {k: tokens(rows, length, seed=i, scale=0.3) for i, k in enumerate(keys)}
 

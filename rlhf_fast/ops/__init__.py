@@ -7,6 +7,7 @@ from rlhf_fast.ops.linear import linear_logprobs
 from rlhf_fast.ops.logprob import gather_logprobs
 from rlhf_fast.ops.masked import masked_mean, masked_whiten
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
+from rlhf_fast.ops.ppo_loss_from_logits import ppo_loss_from_logits
 from rlhf_fast.ops.preference import dpo_loss, reward_pair_loss
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "linear_logprobs",
     "masked_mean",
     "masked_whiten",
+    "ppo_loss_from_logits",
     "ppo_policy_loss",
     "ppo_value_loss",
     "reward_pair_loss",

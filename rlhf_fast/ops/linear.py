@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops._common import (
-    _first_derivative_only,
     constants,
+    first_derivative_only,
     flag,
     integer,
     need_tensor,
@@ -224,7 +224,7 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
-    backward = staticmethod(_first_derivative_only("linear_logprobs", _gradients))
+    backward = staticmethod(first_derivative_only("linear_logprobs", _gradients))
 
 
 def _chunks(tokens: int, chunk: int) -> list[slice]:
