@@ -6,6 +6,7 @@
 #include "group.h"
 #include "kept.h"
 #include "kl.h"
+#include "kl_divergence.h"
 #include "logprob.h"
 #include "masked.h"
 #include "ppo_loss.h"
@@ -63,7 +64,24 @@
   m.def("dpo_loss(Tensor chosen, Tensor rejected, Tensor ref_chosen, Tensor ref_rejected, float beta, float tilt, "                 \
         "int loss_type) -> (Tensor, Tensor, Tensor)");                                                                              \
   m.def("dpo_loss_backward(Tensor grad, Tensor slopes, bool need_chosen, bool need_rejected, bool need_ref_chosen, "                \
-        "bool need_ref_rejected) -> (Tensor, Tensor, Tensor, Tensor)")
+        "bool need_ref_rejected) -> (Tensor, Tensor, Tensor, Tensor)");                                                             \
+  m.def("kl_divergence(Tensor logits, Tensor ref_logits, Tensor? temperature, Tensor? mask, float temperature_value) "              \
+        "-> (Tensor, Tensor)");                                                                                                     \
+  m.def("kl_divergence_backward(Tensor grad, Tensor logits, Tensor ref_logits, Tensor? temperature, Tensor? mask, "                 \
+        "Tensor row_stats, float temperature_value) -> Tensor");                                                                    \
+  m.def("logprob_slice_statistics(Tensor logits, Tensor labels, Tensor? temperature, Tensor? mask, float temperature_value, "       \
+        "float softcap, float logit_scale, int ignore_index, int vocab_start, int vocab, bool with_entropy) -> Tensor");            \
+  m.def("logprob_slice_statistics_into(Tensor(a!) statistics, Tensor logits, Tensor labels, Tensor? temperature, Tensor? mask, "    \
+        "float temperature_value, float softcap, float logit_scale, int ignore_index, int vocab_start, int vocab, "                 \
+        "bool with_entropy) -> ()");                                                                                                \
+  m.def("logprob_slices_combine(Tensor partials, Tensor labels, Tensor? temperature, Tensor? mask, float temperature_value, "       \
+        "float softcap, float logit_scale, int ignore_index, bool with_entropy, bool wide) -> (Tensor, Tensor, Tensor)");           \
+  m.def("logprob_slice_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor? temperature, "   \
+        "Tensor? mask, Tensor row_stats, float temperature_value, float softcap, float logit_scale, int ignore_index, "             \
+        "int vocab_start, int vocab) -> Tensor");                                                                                   \
+  m.def("logprob_slice_backward_inplace(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, "            \
+        "Tensor? temperature, Tensor? mask, Tensor row_stats, float temperature_value, float softcap, float logit_scale, "          \
+        "int ignore_index, int vocab_start, int vocab) -> ()")
 
 #define RLHF_FAST_KERNELS(m, unit)                                                                            \
   m.impl("gather_logprobs", TORCH_BOX(&rlhf_fast::unit::gather_logprobs));                                    \
@@ -90,4 +108,11 @@
   m.impl("reward_pair_loss", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss));                                  \
   m.impl("reward_pair_loss_backward", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss_backward));                \
   m.impl("dpo_loss", TORCH_BOX(&rlhf_fast::unit::dpo_loss));                                                  \
-  m.impl("dpo_loss_backward", TORCH_BOX(&rlhf_fast::unit::dpo_loss_backward))
+  m.impl("dpo_loss_backward", TORCH_BOX(&rlhf_fast::unit::dpo_loss_backward));                                \
+  m.impl("kl_divergence", TORCH_BOX(&rlhf_fast::unit::kl_divergence));                                        \
+  m.impl("kl_divergence_backward", TORCH_BOX(&rlhf_fast::unit::kl_divergence_backward));                      \
+  m.impl("logprob_slice_statistics", TORCH_BOX(&rlhf_fast::unit::logprob_slice_statistics));                  \
+  m.impl("logprob_slice_statistics_into", TORCH_BOX(&rlhf_fast::unit::logprob_slice_statistics_into));        \
+  m.impl("logprob_slices_combine", TORCH_BOX(&rlhf_fast::unit::logprob_slices_combine));                      \
+  m.impl("logprob_slice_backward", TORCH_BOX(&rlhf_fast::unit::logprob_slice_backward));                      \
+  m.impl("logprob_slice_backward_inplace", TORCH_BOX(&rlhf_fast::unit::logprob_slice_backward_inplace))

@@ -30,7 +30,7 @@ INVARIANCES_EVERY = 4
 THREADS_EVERY = 20  # takes long: rows enough for two threads
 DEVICES = {"cpu": 1, "emulated": 2, **({"cuda": 1} if torch.cuda.is_available() else {})}  # one in so many calls
 # A row of these depends on nothing outside itself: its bits may not either.
-ROW_BY_ROW = ("gather_logprobs", "kl_penalty", "shape_rewards", "gae")
+ROW_BY_ROW = ("gather_logprobs", "kl_penalty", "kl_divergence", "shape_rewards", "gae")
 MAX_FAILURES = 20
 
 
@@ -75,6 +75,8 @@ def assert_threads_agree(name: str, kwargs: dict) -> None:
 def rows_of(name: str, kwargs: dict) -> int:
     """The number of rows, where every tensor has one entry a row; 0 where rows cannot be told apart."""
     tensors = [v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "normalizer"]
+    if "ref_logits" in kwargs:  # a single row of logits is no row of each
+        tensors += [kwargs["logits"][..., 0]]
     if kwargs.get("cu_seqlens") is not None or len({t.shape[:1] for t in tensors}) != 1 or tensors[0].dim() == 0:
         return 0
     return tensors[0].shape[0]

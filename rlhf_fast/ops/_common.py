@@ -64,10 +64,13 @@ class Kernel:
     What `register` gives an op is registered with torch.library, which serves torch.compile and direct calls of
     `torch.ops`. The same formulas as an autograd.Function cost half as much a call, so eager calls go through that, and past
     the dispatcher wherever nothing (a mode, a transform, a profiler, a tensor subclass) is there to see the call.
+
+    `function` is the public function that errors speak of, where one op serves several.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, function: str | None = None):
         self.name = name
+        self.function = function or name
         self._overloads: dict[str, Any] = {}
         self._direct: Any = None
         self._tensors: tuple[int, ...] = ()  # where the tensors stand among the arguments
@@ -111,11 +114,11 @@ class Kernel:
             refusal = _REFUSAL.search(str(error))
             if refusal:
                 kind = ValueError if refusal.group(1) == "ValueError" else TypeError
-                raise kind(refusal.group(2)) from None
+                raise kind(refusal.group(2).replace(f"{self.name}: ", f"{self.function}: ", 1)) from None
             if _NO_KERNEL in str(error):
                 devices = sorted({str(a.device) for a in args if isinstance(a, Tensor)})
                 raise ValueError(
-                    f"{self.name}: this build of rlhf_fast has no kernel for tensors on {', '.join(devices)}; "
+                    f"{self.function}: this build of rlhf_fast has no kernel for tensors on {', '.join(devices)}; "
                     "rlhf_fast.build_info()['cuda'] says whether CUDA was built in"
                 ) from None
             raise
@@ -340,11 +343,15 @@ def as_reals(op: str, **tensors: Any) -> list[Tensor]:
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors.values()]
 
 
+def without_gradient(op: str, name: str, value: Any) -> Tensor:
+    if need_tensor(op, name, value).requires_grad:
+        raise ValueError(f"{op}: `{name}` requires grad, but no gradient flows to it; pass {name}.detach()")
+    return value
+
+
 def constants(op: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
     """A tensor of numbers that no gradient flows to, in `dtype`."""
-    value = need_tensor(op, name, value)
-    if value.requires_grad:
-        raise ValueError(f"{op}: `{name}` requires grad, but no gradient flows to it; pass {name}.detach()")
+    value = without_gradient(op, name, value)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: `{name}` must be floating point or integer, got {value.dtype}")
     return value.to(dtype)
