@@ -3,12 +3,11 @@
 //   p = softmax(x / tau)    q = softmax(y / tau)    KL = sum_j p_j (log p_j - log q_j), in nats
 //
 // Forward: running maxima m of x and n of y with s = sum exp((x - m) / tau), r = sum exp((y - n) / tau) and
-// w = sum exp((x - m) / tau) d, where d_j = (x_j - a) - (y_j - b) for constants a, b of the row; then
-//   KL = (w / s + (a - m) - (b - n)) / tau - log s + log r
-// Backward: dKL/dx_j = p_j (d_j - D) / tau^2 with D = w / s, the mean of d under p: the constants fall out, and so does y's sum.
+// w = sum exp((x - m) / tau) d, where d_j = (x_j - m) - (y_j - n); then KL = w / (s tau) - log s + log r
+// Backward: dKL/dx_j = p_j (d_j - D) / tau^2 with D = w / s, the mean of d under p: r falls out.
 //
-// D is what is left of d, so d must be small where p is large: a and b are the two logits of the likeliest token of p, or 0 where
-// these are near each other. Then d is the difference of the logits themselves, which rounds the less the closer q is to p.
+// D is what is left of d. What rounding takes is small where p is large: |x - m| / tau <= -log p, and |y - n| / tau <= -log q, which
+// is large there only if KL is. The logits' own size falls out first.
 //
 // A token that the policy can give and the reference cannot, x > -inf beside y = -inf, makes KL +inf whatever else is in the row;
 // its row gets no gradient, for no finite step changes that. Where x = -inf nothing is added.
@@ -20,60 +19,40 @@
 
 namespace rlhf_fast::RLHF_UNIT {
 
-template <class A>
-struct KlShift {  // a and b
-  A policy, reference;
-};
-
-constexpr double kNear = 1.0;  // nats
-
-// The largest logit of part of a row, the reference's logit beside it, and the largest of the reference. They start finite: nothing
-// seen yet needs no case of its own.
+// They start finite: nothing seen yet needs no case of its own.
 template <class A>
 struct KlTops {
-  A max = std::numeric_limits<A>::lowest(), beside = max, ref_max = max;
-
-  HOST_DEVICE KlShift<A> shift(A slope) const {
-    const A apart = (max - beside) * slope;
-    return apart <= A(kNear) && apart >= -A(kNear) ? KlShift<A>{A(0), A(0)} : KlShift<A>{max, beside};
-  }
+  A max = std::numeric_limits<A>::lowest(), ref_max = max;
 };
 
 template <class A>
 HOST_DEVICE KlTops<A> larger(const KlTops<A>& a, const KlTops<A>& b) {
-  KlTops<A> top = b.max > a.max ? b : a;
-  if (!(top.beside > std::numeric_limits<A>::lowest())) top.beside = std::numeric_limits<A>::lowest();  // differences are numbers
-  top.ref_max = b.ref_max > a.ref_max ? b.ref_max : a.ref_max;
-  return top;
+  return {b.max > a.max ? b.max : a.max, b.ref_max > a.ref_max ? b.ref_max : a.ref_max};
 }
 
-// Part of a row: `sum` and `dot` relative to the maximum, `ref_sum` to the reference's, `dot` of differences from `shift`. S is the
-// type of the sums.
+// Part of a row: `sum`, `ref_sum` and `dot` relative to the maxima. S is the type of the sums.
 template <class A, class S>
 struct KlSums {
   KlTops<A> tops{};
-  KlShift<A> shift{A(0), A(0)};
   S sum = 0, ref_sum = 0, dot = 0;
   bool cut = false;  // the reference lacks a token of the policy
 
   HOST_DEVICE void move(const KlTops<A>& to, A slope) {
     const S scale = static_cast<S>(slope) * static_cast<S>(kLog2E);
-    const KlShift<A> next = to.shift(slope);
-    const S moved = (static_cast<S>(shift.policy) - next.policy) - (static_cast<S>(shift.reference) - next.reference);
-    const S factor = exp2_nonpositive((static_cast<S>(tops.max) - to.max) * scale);
-    dot = factor > 0 ? factor * (dot + moved * sum) : S(0);
+    const S moved = static_cast<S>(tops.max) - to.max, ref_moved = static_cast<S>(tops.ref_max) - to.ref_max;
+    const S factor = exp2_nonpositive(moved * scale);
+    dot = factor > 0 ? factor * (dot + (moved - ref_moved) * sum) : S(0);
     sum *= factor;
-    ref_sum *= exp2_nonpositive((static_cast<S>(tops.ref_max) - to.ref_max) * scale);
+    ref_sum *= exp2_nonpositive(ref_moved * scale);
     tops = to;
-    shift = next;
   }
 };
 
 template <class A>
-struct KlStats {  // kept for the backward pass, [rows, 5]
-  A max, inverse_sum;  // p = exp((x - max) / tau) inverse_sum
-  KlShift<A> shift;
-  A mean;  // D, or +inf for a row without a gradient
+struct KlStats {  // kept for the backward pass, [rows, 4]
+  KlTops<A> tops;
+  A inverse_sum;  // p = exp((x - max) / tau) inverse_sum
+  A mean;         // D, or +inf for a row without a gradient
 };
 
 template <class A>
@@ -88,30 +67,28 @@ HOST_DEVICE KlRow<A> finish_kl(const KlSums<A, S>& s, double slope) {
   const bool valid = s.sum >= S(0.5) && s.ref_sum >= S(0.5);
   const double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
   const double mean = static_cast<double>(s.dot) / s.sum;
-  const double a = static_cast<double>(s.shift.policy) - s.tops.max, b = static_cast<double>(s.shift.reference) - s.tops.ref_max;
-  double kl = slope * (mean + a - b) - log(static_cast<double>(s.sum)) + log(static_cast<double>(s.ref_sum));
+  double kl = slope * mean - log(static_cast<double>(s.sum)) + log(static_cast<double>(s.ref_sum));
   kl = !valid ? nan : s.cut ? infinity : kl < 0 ? 0.0 : kl;
   const double inverse_sum = kl == kl ? 1 / static_cast<double>(s.sum) : nan;
-  return {{s.tops.max, static_cast<A>(inverse_sum), s.shift, static_cast<A>(s.cut ? infinity : mean)}, kl};
+  return {{s.tops, static_cast<A>(inverse_sum), static_cast<A>(s.cut ? infinity : mean)}, kl};
 }
 
 // dL/dx of one row: c 2^((x - max) to_log2) (d - D). The sum is a factor and no part of the exponent, whose rounding d may enlarge.
 template <class A>
 struct KlGradient {
-  A max, to_log2, mean, coefficient;
-  KlShift<A> shift;
+  KlTops<A> tops;
+  A to_log2, mean, coefficient;
 
   HOST_DEVICE KlGradient(const KlStats<A>& stats, A slope, double upstream)
-      : max(stats.max),
+      : tops(stats.tops),
         to_log2(static_cast<A>(slope * kLog2E)),
         mean(stats.mean),
-        coefficient(static_cast<A>(upstream * slope * slope * stats.inverse_sum)),
-        shift(stats.shift) {}
+        coefficient(static_cast<A>(upstream * slope * slope * stats.inverse_sum)) {}
 
   template <class F>  // A, or Lanes<A>
   HOST_DEVICE F operator()(F x, F y) const {
-    const F u = (x - max) * to_log2, zero{};
-    const F pull = exp2_bounded(u) * (((x - shift.policy) - (y - shift.reference)) - mean) * coefficient;
+    const F below = x - tops.max, u = below * to_log2, zero{};
+    const F pull = exp2_bounded(u) * ((below - (y - tops.ref_max)) - mean) * coefficient;
     return u < kLowestExponent<A> ? zero * coefficient : pull;  // a NaN stays, one of the whole row too
   }
 };
@@ -173,7 +150,7 @@ void for_logits_pair(const char* op, const Tensor& logits, const Tensor& ref_log
 }
 
 struct KlOutputs {
-  Tensor kl, stats;  // [...], [rows, 5]
+  Tensor kl, stats;  // [...], [rows, 4]
 };
 
 inline KlOutputs kl_outputs(const KlCall& call) {
@@ -181,7 +158,7 @@ inline KlOutputs kl_outputs(const KlCall& call) {
   for (int64_t d = 0; d + 1 < call.logits.dim(); ++d) sizes[d] = call.logits.size(d);
   const ScalarType type = accumulate_type(call.logits);
   Tensor kl = empty(call.logits, {sizes, static_cast<size_t>(call.logits.dim() - 1)}, type);
-  Tensor stats = empty(call.logits, {call.rows.rows, 5}, type);
+  Tensor stats = empty(call.logits, {call.rows.rows, 4}, type);
   return {kl, stats};
 }
 
@@ -198,7 +175,7 @@ inline KlBackwardCall kl_backward_call(const char* op, const Tensor& grad, const
   check_per_row(op, "grad", grad, logits);
   const ScalarType type = accumulate_type(logits);
   CHECK_TYPE(grad.scalar_type() == type, op, ": `grad` has the wrong dtype");
-  CHECK_VALUE(stats.dim() == 2 && stats.size(0) == call.rows.rows && stats.size(1) == 5 && stats.is_contiguous() &&
+  CHECK_VALUE(stats.dim() == 2 && stats.size(0) == call.rows.rows && stats.size(1) == 4 && stats.is_contiguous() &&
                   stats.scalar_type() == type,
               op, ": `row_stats` is not what the forward pass returned");
   Tensor target = empty(logits, logits.sizes());
@@ -231,28 +208,22 @@ HOST_DEVICE void for_pairs(const T* x, const U* y, int64_t n, Body&& body) {
   if (left) body(n - kCount, load_lanes(x + n - kCount), load_lanes(y + n - kCount), static_cast<int>(kCount - left));
 }
 
-// What stands beside the largest lane.
 template <class A>
-HOST_DEVICE KlTops<A> fold_tops(Lanes<A> max, Lanes<A> beside, Lanes<A> ref_max) {
-  auto largest = [](Lanes<A> a, Lanes<A> b) ALWAYS_INLINE { return a > b ? a : b; };
-  const A top = fold_lanes<A>(max, largest);
-  const Lanes<A> lowest = Lanes<A>{} - std::numeric_limits<A>::infinity();
-  return {top, fold_lanes<A>(max == top ? beside : lowest, largest), fold_lanes<A>(ref_max, largest)};
+HOST_DEVICE A largest_lane(Lanes<A> lanes) {
+  return fold_lanes<A>(lanes, [](Lanes<A> a, Lanes<A> b) ALWAYS_INLINE { return a > b ? a : b; });
 }
 
 template <class T, class U, class A = accumulate_t<T>>
 HOST_DEVICE KlTops<A> block_tops(const T* x, const U* y, int64_t n) {
   using F = Lanes<A>;
-  const F lowest = F{} - std::numeric_limits<A>::infinity();
-  F max = lowest, beside{}, ref_max = lowest;
+  F max = F{} - std::numeric_limits<A>::infinity(), ref_max = max;
   for_pairs(x, y, n, [&](int64_t, F a, F b, auto seen) ALWAYS_INLINE {
-    a = where_new<A, 0>(a, lowest, seen);
-    beside = a > max ? b : beside;
+    a = where_new<A, 0>(a, max, seen);
+    b = where_new<A, 0>(b, ref_max, seen);
     max = a > max ? a : max;
-    b = where_new<A, 0>(b, lowest, seen);
     ref_max = b > ref_max ? b : ref_max;
   });
-  return fold_tops<A>(max, beside, ref_max);
+  return {largest_lane<A>(max), largest_lane<A>(ref_max)};
 }
 
 // One read of a block: its sums relative to `above`, which may be exceeded by the headroom, and its own maxima.
@@ -261,22 +232,19 @@ HOST_DEVICE KlSums<A, double> kl_block(const T* x, const U* y, int64_t n, A slop
   using F = Lanes<A>;
   constexpr int kFew = 8;
   const A to_log2 = static_cast<A>(slope * kLog2E), reference = above.max, ref_reference = above.ref_max;
-  const KlShift<A> shift = above.shift(slope);
   const F underflow = F{} + kLowestExponent<A> / to_log2, lowest = F{} - std::numeric_limits<A>::infinity(), zero{};
-  F max = lowest, beside{}, ref_max = lowest, highest = lowest, few{}, ref_few{}, few_dots{};
+  F max = lowest, ref_max = lowest, highest = lowest, few{}, ref_few{}, few_dots{};
   WideSum<A> sum, ref_sum, dot;
   int turn = 0;
   for_pairs(x, y, n, [&](int64_t, F a, F b, auto seen) ALWAYS_INLINE {
     a = where_new<A, 0>(a, lowest, seen);
     b = where_new<A, 0>(b, lowest, seen);
-    beside = a > max ? b : beside;
     max = a > max ? a : max;
     ref_max = b > ref_max ? b : ref_max;
-    const F below = a - reference, ref_below = b - ref_reference;
+    const F below = a - reference, ref_below = b - ref_reference, difference = below - ref_below;
     const F e = exp2_bounded((underflow > below ? underflow : below) * to_log2);  // a NaN passes
     few += e;
     ref_few += exp2_bounded((underflow > ref_below ? underflow : ref_below) * to_log2);
-    const F difference = (a - shift.policy) - (b - shift.reference);
     highest = difference > highest ? difference : highest;
     few_dots += e * (below < underflow ? zero : difference);
     if (++turn % kFew) return;
@@ -287,8 +255,8 @@ HOST_DEVICE KlSums<A, double> kl_block(const T* x, const U* y, int64_t n, A slop
   sum.take(few);
   ref_sum.take(ref_few);
   dot.take(few_dots);
-  const A most = fold_lanes<A>(highest, [](F a, F b) ALWAYS_INLINE { return a > b ? a : b; });
-  return {fold_tops<A>(max, beside, ref_max), shift, sum.total(), ref_sum.total(), dot.total(), most == std::numeric_limits<A>::infinity()};
+  const bool cut = largest_lane<A>(highest) == std::numeric_limits<A>::infinity();
+  return {{largest_lane<A>(max), largest_lane<A>(ref_max)}, sum.total(), ref_sum.total(), dot.total(), cut};
 }
 
 // As softmax_sums: a block is read once where neither row rises above what came before.
@@ -388,35 +356,10 @@ inline Tensor kl_divergence_backward(Tensor grad, Tensor logits, Tensor ref_logi
 
 template <class T, class U> constexpr int kUnit = kPack<T> > kPack<U> ? kPack<T> : kPack<U>;
 constexpr int kUnitsInFlight = 2;
-template <int kThreads, class T, class U>
-constexpr int kKlBlocks = sizeof(T) == 8 ? 1 : kThreads != kWarp ? 4 : sizeof(T) == sizeof(U) ? 6 : 4;
-
-// Where a row of n elements is written, wherever it lies: units counted from the first 16-byte boundary, and edges around them.
-template <int kElements, class T>
-struct TargetUnits {
-  int64_t head, tail;  // elements [head, tail) lie in units
-  int units;
-
-  __device__ TargetUnits(const T* row, int64_t n) {
-    const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(row) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
-    head = to_boundary < n ? to_boundary : n;
-    units = static_cast<int>((n - head) / kElements);
-    tail = head + int64_t(units) * kElements;
-  }
-  __device__ int64_t edge(int lane) const { return lane < head ? lane : tail + lane - head; }  // fewer than there are lanes
-
-  template <class Value>  // value(i): element i of the unit, in the type of the arithmetic
-  __device__ void store(T* row, int unit, const Value& value) const {
-    T* at = row + head + int64_t(unit) * kElements;
-    UNROLL
-    for (int first = 0; first < kElements; first += kPack<T>) {
-      T pack[kPack<T>];
-      UNROLL
-      for (int i = 0; i < kPack<T>; ++i) pack[i] = narrow<T>(value(first + i));
-      stream_store(at + first, granule_of(pack));
-    }
-  }
-};
+// Blocks a multiprocessor holds at least. Forward over 16-bit logits a thread needs 96 registers, 117 beside float32: two blocks, which
+// have 32 and 48 KiB on their way.
+template <int kThreads, bool kForward, class T, class U>
+constexpr int kKlBlocks = sizeof(T) == 8 ? 1 : kThreads == kWarp ? (sizeof(T) == sizeof(U) ? 6 : 4) : kForward && sizeof(T) + sizeof(U) < 8 ? 2 : 4;
 
 // kUnitsInFlight units of one row.
 template <int kElements, class T>
@@ -441,23 +384,16 @@ struct Units {
 
 template <int kElements, class A, class X, class Y>
 __device__ void add_units(KlSums<A, A>& mine, const X& x, const Y& y, A slope, A scale) {
-  KlTops<A> tops{x.max(), std::numeric_limits<A>::lowest(), y.max()};
-  if (tops.max > mine.tops.max) {  // seldom
-    UNROLL
-    for (int k = 0; k < kUnitsInFlight * kElements; ++k)
-      if (x(k / kElements, k % kElements) == tops.max) tops.beside = y(k / kElements, k % kElements);
-  }
-  mine.move(larger(mine.tops, tops), slope);
+  mine.move(larger(mine.tops, {x.max(), y.max()}), slope);
   A sum = 0, ref_sum = 0, dot = 0;
   UNROLL
   for (int u = 0; u < kUnitsInFlight; ++u) {
     UNROLL
     for (int i = 0; i < kElements; ++i) {
-      const A a = x(u, i), b = y(u, i);
-      const A e = exp2_nonpositive((a - mine.tops.max) * scale);
-      const A difference = (a - mine.shift.policy) - (b - mine.shift.reference);
+      const A below = x(u, i) - mine.tops.max, ref_below = y(u, i) - mine.tops.ref_max, difference = below - ref_below;
+      const A e = exp2_nonpositive(below * scale);
       sum += e;
-      ref_sum += exp2_nonpositive((b - mine.tops.ref_max) * scale);
+      ref_sum += exp2_nonpositive(ref_below * scale);
       mine.cut = mine.cut || difference == std::numeric_limits<A>::infinity();
       if (e > 0) dot += e * difference;  // never 0 * inf, nor what two -inf leave
     }
@@ -479,7 +415,7 @@ HOST_DEVICE void merge(KlTotals& into, const KlTotals& other) {
 
 // One row by kThreads threads: a warp (several rows a block) or a whole block.
 template <int kThreads, class T, class U>
-__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kKlBlocks<kThreads, T, U>)
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kKlBlocks<kThreads, true, T, U>)
     kl_divergence_kernel(const T* logits, const U* ref_logits, LogitRows rows, LogitRows ref_rows, LogprobOptions options,
                          accumulate_t<T>* kl,               // [rows]
                          KlStats<accumulate_t<T>>* stats) {  // [rows]
@@ -502,22 +438,19 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
       const Units<kElements, U> y(ref_reader, unit, kThreads, static_cast<U>(fill));
       add_units<kElements>(mine, x, y, slope, scale);
     }
-    KlTops<A> tops{block_max<kThreads>(mine.tops.max), A(0), block_max<kThreads>(mine.tops.ref_max)};
-    tops.beside = block_max<kThreads>(mine.tops.max == tops.max ? mine.tops.beside : std::numeric_limits<A>::lowest());
-    mine.move(tops, slope);
+    mine.move({block_max<kThreads>(mine.tops.max), block_max<kThreads>(mine.tops.ref_max)}, slope);
     const KlTotals total = block_merge<kThreads>(KlTotals{static_cast<double>(mine.sum), static_cast<double>(mine.ref_sum),
                                                           static_cast<double>(mine.dot), mine.cut ? 1.0 : 0.0});
-    result = finish_kl(KlSums<A, double>{mine.tops, mine.shift, total.sum, total.ref_sum, total.dot, total.cut != 0}, slope);
+    result = finish_kl(KlSums<A, double>{mine.tops, total.sum, total.ref_sum, total.dot, total.cut != 0}, slope);
   }
   if (lane != 0) return;
   kl[row] = static_cast<A>(weight == 0 ? 0.0 : weight * result.kl);
   stats[row] = result.stats;
 }
 
-// A row by a warp, or cut into `pieces` blocks of `piece_units` units, counted as the packs of
-// gather_logprobs_backward_kernel are.
+// A row by a warp, or cut into `pieces` blocks.
 template <int kThreads, class T, class U>
-__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kKlBlocks<kThreads, T, U>)
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kKlBlocks<kThreads, false, T, U>)
     kl_divergence_backward_kernel(const T* logits, const U* ref_logits, T* target, LogitRows rows, LogitRows ref_rows,
                                   LogitRows target_rows, LogprobOptions options, const accumulate_t<T>* grad,
                                   const KlStats<accumulate_t<T>>* stats, int pieces, int piece_units) {
@@ -525,33 +458,24 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   constexpr int kElements = kUnit<T, U>;
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x / pieces);
   if (row >= rows.rows) return;
-  const int piece = kThreads == kWarp ? 0 : blockIdx.x % pieces, lane = threadIdx.x % kThreads;
   const double weight = options.mask[row], upstream = weight == 0 ? 0.0 : weight * grad[row];
-  T* dx = target + target_rows.offset(row);
-  const TargetUnits<kElements, T> to(dx, rows.vocab);
-  const int64_t edge = to.edge(lane);
-  const bool has_edge = piece == 0 && edge < rows.vocab;
-  const int piece_end = (piece + 1) * piece_units, end = piece_end < to.units ? piece_end : to.units;
-  int unit = piece * piece_units + lane;
-  if (without_gradient(stats[row], upstream)) {
-    if (has_edge) dx[edge] = static_cast<T>(0.0f);
-    for (; unit < end; unit += kThreads) to.store(dx, unit, [](int) { return A(0); });
-    return;
-  }
+  const TargetRow<kThreads, T, kElements> to(target + target_rows.offset(row), rows.vocab, kThreads == kWarp ? 0 : blockIdx.x % pieces,
+                                             piece_units);
+  if (without_gradient(stats[row], upstream)) return to.zeros();
 
   const T* x = logits + rows.offset(row);
   const U* y = ref_logits + ref_rows.offset(row);
   const KlGradient<A> gradient(stats[row], KlCall::slope<A>(options, row), upstream);
-  if (has_edge) dx[edge] = narrow<T>(gradient(static_cast<A>(x[edge]), static_cast<A>(y[edge])));
+  if (to.has_edge) to.dx[to.edge] = narrow<T>(gradient(static_cast<A>(x[to.edge]), static_cast<A>(y[to.edge])));
   const RowReader<T> reader(x, to.tail, to.head);
   const RowReader<U> ref_reader(y, to.tail, to.head);
-  for (; unit < end; unit += kThreads * kUnitsInFlight) {
+  for (int unit = to.pack; unit < to.end; unit += kThreads * kUnitsInFlight) {
     const Units<kElements, T> a(reader, unit, kThreads, static_cast<T>(0.0f));
     const Units<kElements, U> b(ref_reader, unit, kThreads, static_cast<U>(0.0f));
     UNROLL
     for (int u = 0; u < kUnitsInFlight; ++u) {
-      if (unit + u * kThreads >= end) break;
-      to.store(dx, unit + u * kThreads, [&](int i) { return gradient(a(u, i), b(u, i)); });
+      if (unit + u * kThreads >= to.end) break;
+      to.store(unit + u * kThreads, [&](int i) { return gradient(a(u, i), b(u, i)); });
     }
   }
 }

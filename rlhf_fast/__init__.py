@@ -29,6 +29,7 @@ from rlhf_fast.ops import (
     ppo_value_loss,
     reward_pair_loss,
     shape_rewards,
+    vocab_parallel_logprobs,
 )
 
 __version__ = _C.build_info()["version"]
@@ -59,4 +60,5 @@ __all__ = [
     "ppo_value_loss",
     "reward_pair_loss",
     "shape_rewards",
+    "vocab_parallel_logprobs",
 ]

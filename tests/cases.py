@@ -162,7 +162,9 @@ def draw_kl_divergence(rng: random.Random) -> Call:
     batch, vocab, dtype = logits.shape[:-1], logits.shape[-1], logits.dtype
     reference = logits.double()
     if rng.random() < 0.7:  # near the policy, or far from it
-        reference = reference + randn(rng, *logits.shape, scale=rng.choice([1e-3, 0.1, 3.0, 100.0]), dtype=torch.float64)
+        reference = reference + randn(
+            rng, *logits.shape, scale=rng.choice([1e-3, 0.1, 3.0, 100.0]), dtype=torch.float64
+        )
     if rng.random() < 0.2:
         reference = randn(rng, *logits.shape, scale=3.0, dtype=torch.float64)
     if rng.random() < 0.2:
@@ -383,7 +385,10 @@ def is_input(op: str, index: int | str, value) -> bool:
         isinstance(value, Tensor)
         and value.is_floating_point()
         and index not in ("mask", "temperature", "lam", "normalizer", "ref_logits")
-        and not ((op in ("masked_mean", "masked_whiten", "kl_divergence") and index == 1) or (op == "shape_rewards" and index == 3))
+        and not (
+            (op in ("masked_mean", "masked_whiten", "kl_divergence") and index == 1)
+            or (op == "shape_rewards" and index == 3)
+        )
     )
 
 

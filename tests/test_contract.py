@@ -574,7 +574,13 @@ BAD = [
     ("kl_divergence", (t(2, 3), ints), {}, TypeError, "`ref_logits` must be float32, .* got Long"),
     ("kl_divergence", (t(2, 3), t(2, 3).requires_grad_()), {}, ValueError, "`ref_logits` requires grad"),
     ("kl_divergence", (t(2, 0), t(2, 0)), {}, ValueError, "`logits` must not have an empty vocabulary"),
-    ("kl_divergence", (t(2, 3), t(2, 3)), {"temperature": -1.0}, ValueError, "`temperature` must be finite and above 0"),
+    (
+        "kl_divergence",
+        (t(2, 3), t(2, 3)),
+        {"temperature": -1.0},
+        ValueError,
+        "`temperature` must be finite and above 0",
+    ),
     (
         "kl_divergence",
         (t(2, 3), t(2, 3)),

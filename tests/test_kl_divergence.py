@@ -58,12 +58,16 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(device):
     logits, ref_logits = draw(3, 7, vocab=2_503, device=device)
     batch = value_and_gradient(logits, ref_logits)
     for b, t in ((0, 0), (2, 6), (1, 3)):
-        row, ref_row = (torch.cat([x.new_zeros(1), x[b, t]])[1:] for x in (logits, ref_logits))  # off 16-byte alignment, too
+        row, ref_row = (
+            torch.cat([x.new_zeros(1), x[b, t]])[1:] for x in (logits, ref_logits)
+        )  # off 16-byte alignment, too
         alone = value_and_gradient(row, ref_row)
         assert all(torch.equal(a, whole[b, t]) for a, whole in zip(alone, batch, strict=True))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
+)
 @pytest.mark.parametrize("vocab", [1, 7, 9, 17, 130, 2_050])
 def test_alignment_changes_no_bits(vocab, dtypes, device):
     logits, ref_logits = (x.to(dtype) for x, dtype in zip(draw(2, vocab=vocab, device=device), dtypes, strict=True))

@@ -9,6 +9,7 @@ from rlhf_fast.ops.logprob import gather_logprobs
 from rlhf_fast.ops.masked import masked_mean, masked_whiten
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
 from rlhf_fast.ops.preference import dpo_loss, reward_pair_loss
+from rlhf_fast.ops.vocab_parallel import vocab_parallel_logprobs
 
 __all__ = [
     "dpo_loss",
@@ -24,4 +25,5 @@ __all__ = [
     "ppo_value_loss",
     "reward_pair_loss",
     "shape_rewards",
+    "vocab_parallel_logprobs",
 ]

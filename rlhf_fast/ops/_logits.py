@@ -45,7 +45,7 @@ def setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def formula(backward: Callable, backward_inplace: Callable, inputs: int) -> Callable:
+def formula(backward: Callable, backward_inplace: Callable, inputs: int, function: str = "gather_logprobs") -> Callable:
     """The gradient to the logits, the first of an op's `inputs` inputs, by one of two kernels."""
     nothing = (None,) * inputs
 
@@ -54,7 +54,7 @@ def formula(backward: Callable, backward_inplace: Callable, inputs: int) -> Call
             return nothing
         if ctx.overwritten:
             raise RuntimeError(
-                "gather_logprobs(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be "
+                f"{function}(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be "
                 "no second one; pass inplace_backward=False to run backward twice"
             )
         logits, *rest = ctx.saved_tensors
