@@ -1042,7 +1042,11 @@ inline std::tuple<Tensor, Tensor, Tensor> logprob_slices_combine(Tensor partials
     const CombineSlices<A> combine{reinterpret_cast<const RowStatistics*>(in<double>(partials)), partials.size(0), rows,
                                    labels.const_data_ptr(), labels.scalar_type() == ScalarType::Long, options, out<A>(o.logprobs),
                                    with_entropy ? out<A>(o.entropy) : nullptr, reinterpret_cast<RowStats<A>*>(out<A>(o.stats))};
+#if defined(RLHF_DEVICE_CODE)
     for_each(labels, padded_rows(1, rows), options.mask, combine);
+#else  // no clones: what they make of a product and a sum is one rounding less than gather_logprobs has
+    parallel_for(rows, combine.slices, [&](int64_t row) { combine(0, row, options.mask[row]); });
+#endif
   });
   return {o.logprobs, o.entropy, o.stats};
 }

@@ -149,6 +149,17 @@ def one_collective() -> None:
     assert len(collectives) == 1 and "gather" in collectives[0], collectives
 
 
+def compiled(rank: int, ranks: int) -> None:
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(rank))
+    labels, results = torch.tensor([0, 5 * ranks - 1]), []
+    for function in (vocab_parallel_logprobs, torch.compile(vocab_parallel_logprobs, backend="aot_eager", fullgraph=True)):
+        leaf = logits.clone().requires_grad_()
+        logprobs = function(leaf, labels)
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def groups(rank: int, ranks: int) -> None:
     logits, labels = torch.randn(3, 8, generator=torch.Generator().manual_seed(rank)), torch.tensor([0, 7, 3])
     alone = [dist.new_group([r]) for r in range(ranks)]  # every rank makes every group
@@ -172,6 +183,7 @@ def main() -> None:
             refusals(rank, ranks)
             one_collective()
     groups(rank, ranks)
+    compiled(rank, ranks)
     dist.barrier()
     dist.destroy_process_group()
 

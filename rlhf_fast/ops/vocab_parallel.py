@@ -10,6 +10,8 @@ from rlhf_fast.ops._slices import SliceKernels
 
 _kernels = SliceKernels("vocab_parallel_logprobs")
 _UNKNOWN = -1  # V, as long as the slices have not met
+# One call, by its newer and its older name.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 def vocab_parallel_logprobs(
@@ -112,7 +114,7 @@ class _VocabParallel(torch.autograd.Function):
             partials = torch.cat([partials, partials.new_tensor([[start, logits.shape[-1], 0, 0]])])
         if ranks > 1:
             own, partials = partials, partials.new_empty((ranks * len(partials), 4))
-            dist.all_gather_into_tensor(partials, own, group=group)
+            _all_gather(partials, own, group=group)
         partials = partials.view(ranks, -1, 4)
         if checked:
             _check_slices(partials[:, rows].tolist(), labels, mask, ignore_index)
