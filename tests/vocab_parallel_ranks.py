@@ -17,7 +17,7 @@ from rlhf_fast.ops import _common
 from tests import emulate
 from tests.cases import OPS, assert_close, units_of
 
-DRAWS = 40
+DRAWS = 30
 
 
 def cuts_of(rng: random.Random, vocab: int, ranks: int) -> list[int]:
@@ -152,7 +152,10 @@ def one_collective() -> None:
 def compiled(rank: int, ranks: int) -> None:
     logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(rank))
     labels, results = torch.tensor([0, 5 * ranks - 1]), []
-    for function in (vocab_parallel_logprobs, torch.compile(vocab_parallel_logprobs, backend="aot_eager", fullgraph=True)):
+    for function in (
+        vocab_parallel_logprobs,
+        torch.compile(vocab_parallel_logprobs, backend="aot_eager", fullgraph=True),
+    ):
         leaf = logits.clone().requires_grad_()
         logprobs = function(leaf, labels)
         logprobs.sum().backward()

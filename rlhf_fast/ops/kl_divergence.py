@@ -33,8 +33,8 @@ def kl_divergence(
     `kl_penalty` estimates from one sampled token. It is `torch.nn.functional.kl_div(log q, log p, log_target=True).sum(-1)`,
     the penalty that verl's `kl_penalty` names "full", and with ref_logits from a teacher the reverse KL of on-policy
     distillation (Agarwal et al. 2023, arXiv 2306.13649). The gradient flows to `logits` alone, p_j (log p_j - log q_j - KL) /
-    temperature, written in one more pass. Arithmetic is float32 whatever the logits are; the result is never below 0, and however
-    small, off by 1e-7 or so.
+    temperature, written in one more pass. Arithmetic is float32 whatever the logits are; the result is never below 0, and
+    however small, off by 1e-7 or so; its gradient by 1e-7 max(1, KL).
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64, any row strides: `logits[:, :-1]` is read in place. A last
