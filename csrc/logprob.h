@@ -450,10 +450,11 @@ HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumul
 constexpr double kHeadroom = 1.0;
 
 // The maximum so far is the reference of the next block, so that it is read once; the first block, and one that rises above the
-// headroom, is read again out of L1. A slice of a row goes on from the sums of those before it, `total`.
+// headroom, is read again out of L1. A slice of a row goes on from the sums of those before it.
 template <bool kCapped, bool kEntropy, class T>
-CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map, SoftmaxSums total = kNothingSummed) {
+CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map, const SoftmaxSums* before = nullptr) {
   using A = accumulate_t<T>;
+  SoftmaxSums total = before ? *before : kNothingSummed;
   const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
   double reference = total.max;
   for (int64_t start = 0; start < vocab; start += kBlock) {
@@ -574,7 +575,7 @@ inline void slice_statistics(const char* op, const LogprobCall& call, bool with_
         if (label != call.options.ignore_index && call.options.mask[row] != 0) {
           const LogitMap<A> map = call.options.map<A>(row);
           const T* logits_row = x + call.rows.offset(row);
-          total.sums = softmax_sums<kCapped, decltype(has_entropy)::value>(logits_row, call.rows.vocab, map, total.sums);
+          total.sums = softmax_sums<kCapped, decltype(has_entropy)::value>(logits_row, call.rows.vocab, map, &total.sums);
           take_target<kCapped>(total, logits_row, map, label - call.rows.start, call.rows.vocab);
         }
         rows_out[row] = total;

@@ -15,7 +15,7 @@ def accumulate_dtype(logits: Tensor) -> torch.dtype:
 
 def options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index):
     """(temperatures or None, temperature, cap or 0, scale, ignore_index), checked."""
-    cap = number(op, "softcap", softcap, above=0.0, none=0.0)
+    cap = 0.0 if softcap is None else number(op, "softcap", softcap, above=0.0, none=0.0)
     scale = number(op, "logit_scale", logit_scale, above=0.0)
     ignore_index = integer(op, "ignore_index", ignore_index)
     taus, tau = None, 1.0
