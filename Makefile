@@ -4,8 +4,10 @@
 #   make test      the test suite, with the CUDA kernels emulated on the CPU
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
 #   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
+#   make soak      stages killed KILLS times (default 1000), checkpoints damaged in CASES ways (2000): the same bits, or a clear error
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
 #   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
+#   make parity    every function that rlhf_fast.patch replaces beside the library's own, each library in an environment under build/peers
 #   make gpu       on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks; nine minutes
 #   make machine-code   registers, spills, occupancy and 16-byte loads of every CUDA kernel and architecture; needs nvcc, no GPU
 #   make lint      ruff
@@ -14,11 +16,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 N ?= 2000
+KILLS ?= 1000
+CASES ?= 2000
 # On machines without a GPU one architecture is enough to prove that the CUDA sources compile.
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test emulate fuzz bench peers gpu machine-code lint clean install
+.PHONY: demo test emulate fuzz soak bench peers parity gpu machine-code lint clean install
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -50,6 +54,10 @@ fuzz: install
 	RLHF_FAST_BAD_CALLS=all RLHF_FAST_SLOW=1 $(PY) -m pytest tests/test_bad_calls.py tests/test_contract_table.py \
 	  -k "wrong_calls or more_tokens and not emulated"
 
+soak: install
+	$(PY) -m tests.train.kill --kills $(KILLS)
+	$(PY) -m tests.train.damage --cases $(CASES)
+
 bench: install
 	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet
 	$(PY) -m bench.report bench/results/last.json
@@ -59,8 +67,14 @@ build/peers/%/installed: bench/peers/%.txt
 	$(@D)/bin/python -m pip install -q -r $<
 	touch $@
 
-peers: install build/peers/trl-1.12/installed
+peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
 	$(PY) -m bench.ppo_update
+	$(PY) -m bench.linear_peers
+	$(PY) -m bench.swap_in_trl
+
+# The environments that tests/adapters/parity.py knows.
+parity: install $(patsubst %,build/peers/%/installed,trl-1.12 trl-1.16 trl-1.16-triton)
+	$(PY) -m tests.adapters.parity
 
 gpu: install
 	$(PY) -m bench.gpu

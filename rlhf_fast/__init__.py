@@ -15,6 +15,7 @@ except ImportError as error:
         "wheel for this Python version, and import from outside the source folder."
     ) from error
 
+from rlhf_fast.adapters import patch, unpatch
 from rlhf_fast.ops import (
     dpo_loss,
     gae,
@@ -56,9 +57,11 @@ __all__ = [
     "linear_logprobs",
     "masked_mean",
     "masked_whiten",
+    "patch",
     "ppo_policy_loss",
     "ppo_value_loss",
     "reward_pair_loss",
     "shape_rewards",
+    "unpatch",
     "vocab_parallel_logprobs",
 ]

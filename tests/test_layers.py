@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_fast"
-STAGES = ("train.sft", "train.reward", "train.ppo")
+STAGES = ("train.sft", "train.reward", "train.ppo", "train.dpo")
 LAYERS = [
     "_C",
     "ops",
-    "rlhf_fast",  # the package itself: _C and ops, exported
+    "adapters",  # ops alone; nothing in train imports it, though it stands lower: see test_train_needs_no_adapter
+    "rlhf_fast",  # the package itself: what stands above, exported
     "train.errors",
     "train.config",
     "train.data",
@@ -18,9 +19,12 @@ LAYERS = [
     "train.policy",
     "train.generate",
     "train.checkpoint",
-    "train.record",
     "train.loop",
+    "train.replies",
+    "train.resume",
+    "train.record",
     "train.rollout",
+    "train.group",
     *STAGES,
     "train.evaluate",
     "train.report",
@@ -73,6 +77,12 @@ def test_imports_go_downward(name, path):
         assert other in LAYERS, f"{name} imports {imported}, which has no place in the layers"
         assert LAYERS.index(other) < LAYERS.index(mine), f"{name} imports {imported}, which stands above it"
         assert not (mine in STAGES and other in STAGES), f"{name} imports {imported}: stages never import each other"
+
+
+def test_train_needs_no_adapter():
+    for name, path in modules():
+        if name.startswith(("rlhf_fast.train", "rlhf_fast.demo")):
+            assert not [i for i in imports_of(name, path) if i.startswith("rlhf_fast.adapters")], name
 
 
 def test_train_holds_no_code():
