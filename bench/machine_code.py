@@ -31,10 +31,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BASELINE = ROOT / "bench" / "results" / "machine_code.json"
 
-# Kernels that memory bounds, and how many arrays of their element type the main loop reads.
+# Kernels that memory bounds, and how many arrays the main loop reads: of their element type, or of the two types they name.
 WIDE = {
     "gather_logprobs_kernel": 1,
     "gather_logprobs_backward_kernel": 1,
+    "slice_statistics_kernel": 1,
+    "kl_divergence_kernel": 2,
+    "kl_divergence_backward_kernel": 2,
     "gae_kernel": 2,
     "ppo_loss_rows_kernel": 1,
     "ppo_loss_held_rows_kernel": 1,
@@ -177,10 +180,11 @@ class Kernel:
     @property
     def per_element(self) -> float | None:
         """Instructions of the main loop an element of the row."""
-        arrays, kind = WIDE.get(self.name.split("<")[0]), re.search(r"(\w+)>$", self.name)
-        if not arrays or not kind or not self.wide_loads:
+        arrays, kinds = WIDE.get(self.name.split("<")[0]), re.findall("|".join(BYTES), self.name)
+        if not arrays or not kinds or not self.wide_loads:
             return None
-        return len(self.main_loop) / (self.wide_loads / arrays * 16 / BYTES[kind.group(1)])
+        element = arrays * sum(BYTES[kind] for kind in kinds) / len(kinds)
+        return len(self.main_loop) / (self.wide_loads * 16 / element)
 
     def faults(self) -> list[str]:
         found = []

@@ -28,8 +28,8 @@ namespace rlhf_fast::RLHF_UNIT {
 struct LogitRows {
   int64_t rows = 1, inner = 1, vocab = 0;
   int64_t outer_stride = 0, inner_stride = 0;
-  int64_t start = 0, whole = 0;  // of a slice of the vocabulary: the id of its first logit, the size of the whole
-  HOST_DEVICE bool knows(int64_t label) const { return label >= 0 && label < whole; }
+  int64_t start = 0, whole = 0;  // of a slice of the vocabulary: the id of its first logit, the size of the whole or -1: not known
+  HOST_DEVICE bool knows(int64_t label) const { return whole < 0 || (label >= 0 && label < whole); }
   HOST_DEVICE int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
 };
 
@@ -238,6 +238,21 @@ struct RowGradient {
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks and views, shared by both devices.
 
+// One value a row of `logits`: the shape without the vocabulary.
+inline void check_per_row(const char* op, const char* name, const Tensor& t, const Tensor& logits) {
+  bool match = t.dim() == logits.dim() - 1;
+  for (int64_t d = 0; match && d < t.dim(); ++d) match = t.size(d) == logits.size(d);
+  CHECK_VALUE(match, op, ": `", name, "` has shape ", shape_of(t),
+              " but must have the shape of `logits` without its last dimension; `logits` is ", shape_of(logits));
+  check_same_device(op, name, t, "logits", logits);
+}
+
+// Rows with stride 1: as they are, or in a copy. [V], [n, V] or [b, n, V].
+inline Tensor readable_rows(const Tensor& logits) {
+  const int64_t last = logits.dim() - 1;
+  return logits.size(last) <= 1 || logits.stride(last) == 1 ? logits : dense(logits);
+}
+
 struct LogprobCall {
   Tensor logits, labels;
   OptionalTensor temperature, mask;
@@ -250,9 +265,8 @@ struct LogprobCall {
   }
 };
 
-inline OptionalTensor dense_temperature(const char* op, const OptionalTensor& temperature, const Tensor& labels, ScalarType type) {
+inline OptionalTensor dense_temperature(const char* op, const OptionalTensor& temperature, ScalarType type) {
   if (!temperature.has_value()) return temperature;
-  check_like(op, "temperature", *temperature, "labels", labels);
   CHECK_TYPE(temperature->scalar_type() == type, op, ": `temperature` must be ", torch::headeronly::toString(type), " here, got ",
              torch::headeronly::toString(temperature->scalar_type()));
   return dense(*temperature);
@@ -264,33 +278,29 @@ inline void check_label_type(const char* op, const Tensor& labels) {
 }
 
 struct VocabSlice {  // what the logits are of the vocabulary
-  int64_t start = 0, whole = -1;  // -1: all of it
+  int64_t start, whole;
 };
 
 inline LogprobCall logprob_call(const char* op, const Tensor& logits_, const Tensor& labels, const OptionalTensor& temperature,
                                 const OptionalTensor& mask, double temperature_value, double softcap, double logit_scale,
-                                int64_t ignore_index, VocabSlice slice = {}) {
+                                int64_t ignore_index, std::optional<VocabSlice> slice_ = {}) {
   CHECK_VALUE(logits_.dim() >= 1 && logits_.dim() <= 3, op, ": `logits` must have 1 to 3 dimensions here, got ", shape_of(logits_));
-  const int64_t batch_dims = logits_.dim() - 1;
-  bool match = labels.dim() == batch_dims;
-  for (int64_t d = 0; match && d < batch_dims; ++d) match = labels.size(d) == logits_.size(d);
-  CHECK_VALUE(match, op, ": `labels` has shape ", shape_of(labels), " but must have the shape of `logits` without its last dimension; `logits` is ",
-              shape_of(logits_));
+  check_per_row(op, "labels", labels, logits_);
   check_label_type(op, labels);
-  check_same_device(op, "labels", labels, "logits", logits_);
-  const int64_t vocab = logits_.size(batch_dims);
-  if (slice.whole < 0) slice = {0, vocab};
-  CHECK_VALUE(slice.whole > 0 || labels.numel() == 0, op, ": `logits` must not have an empty vocabulary, got shape ", shape_of(logits_));
-  CHECK_VALUE(slice.start >= 0 && slice.start + vocab <= slice.whole, op, ": a slice of ", vocab, " logits from ", slice.start,
+  const int64_t vocab = logits_.size(logits_.dim() - 1);
+  const VocabSlice slice = slice_.value_or(VocabSlice{0, vocab});
+  CHECK_VALUE(slice.whole != 0 || labels.numel() == 0, op, ": `logits` must not have an empty vocabulary, got shape ", shape_of(logits_));
+  CHECK_VALUE(slice.start >= 0 && (slice.whole < 0 || slice.start + vocab <= slice.whole), op, ": a slice of ", vocab, " logits from ", slice.start,
               " on must lie in the vocabulary of ", slice.whole);
 
-  LogprobCall call{vocab <= 1 || logits_.stride(batch_dims) == 1 ? logits_ : dense(logits_), dense(labels)};
+  LogprobCall call{readable_rows(logits_), dense(labels)};
   call.long_labels = labels.scalar_type() == ScalarType::Long;
   call.rows = logit_rows(call.logits);
   call.rows.start = slice.start;
   call.rows.whole = slice.whole;
 
-  call.temperature = dense_temperature(op, temperature, labels, accumulate_type(call.logits));
+  if (temperature.has_value()) check_like(op, "temperature", *temperature, "labels", labels);
+  call.temperature = dense_temperature(op, temperature, accumulate_type(call.logits));
   call.mask = contiguous_mask(op, mask, "labels", labels);
   call.options = {call.temperature.has_value() ? call.temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
                   ignore_index, mask_view(op, call.mask)};
@@ -442,10 +452,11 @@ HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumul
 constexpr double kHeadroom = 1.0;
 
 // The maximum so far is the reference of the next block, so that it is read once; the first block, and one that rises above the
-// headroom, is read again out of L1. A slice of a row goes on from the sums of those before it, `total`.
+// headroom, is read again out of L1. A slice of a row goes on from the sums of those before it.
 template <bool kCapped, bool kEntropy, class T>
-CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map, SoftmaxSums total = kNothingSummed) {
+CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map, const SoftmaxSums* before = nullptr) {
   using A = accumulate_t<T>;
+  SoftmaxSums total = before ? *before : kNothingSummed;
   const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
   double reference = total.max;
   for (int64_t start = 0; start < vocab; start += kBlock) {
@@ -491,6 +502,16 @@ void row_gradient_with_label(const T* x, T* dx, int64_t vocab, int64_t place, co
 }
 
 // Refused here, on one thread: an exception thrown inside parallel_for would lose its text.
+inline void check_temperature(const char* op, const OptionalTensor& temperature) {
+  if (!temperature.has_value()) return;
+  for_real(temperature->scalar_type(), op, "temperature", [&](auto zero) {
+    const auto* tau = in<decltype(zero)>(*temperature);
+    for (int64_t row = 0; row < temperature->numel(); ++row)
+      CHECK_VALUE(tau[row] > 0 && tau[row] < std::numeric_limits<double>::infinity(), op, ": `temperature` holds ", tau[row],
+                  " at flat position ", row, "; it must be finite and above 0");
+  });
+}
+
 inline void check_rows(const char* op, const LogprobCall& call) {
   const void* labels = call.labels.const_data_ptr();
   for (int64_t row = 0; row < call.rows.rows; ++row) {
@@ -499,13 +520,7 @@ inline void check_rows(const char* op, const LogprobCall& call) {
     CHECK_VALUE(call.rows.knows(label), op, ": `labels` holds ", label, " at flat position ", row, "; a label must be in [0, ",
                 call.rows.whole, "), or ignore_index = ", call.options.ignore_index, ", or masked");
   }
-  if (!call.temperature.has_value()) return;
-  for_real(call.temperature->scalar_type(), op, "temperature", [&](auto zero) {
-    const auto* tau = in<decltype(zero)>(*call.temperature);
-    for (int64_t row = 0; row < call.rows.rows; ++row)
-      CHECK_VALUE(tau[row] > 0 && tau[row] < std::numeric_limits<double>::infinity(), op, ": `temperature` holds ", tau[row],
-                  " at flat position ", row, "; it must be finite and above 0");
-  });
+  check_temperature(op, call.temperature);
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor labels_, OptionalTensor temperature, OptionalTensor mask,
@@ -562,7 +577,7 @@ inline void slice_statistics(const char* op, const LogprobCall& call, bool with_
         if (label != call.options.ignore_index && call.options.mask[row] != 0) {
           const LogitMap<A> map = call.options.map<A>(row);
           const T* logits_row = x + call.rows.offset(row);
-          total.sums = softmax_sums<kCapped, decltype(has_entropy)::value>(logits_row, call.rows.vocab, map, total.sums);
+          total.sums = softmax_sums<kCapped, decltype(has_entropy)::value>(logits_row, call.rows.vocab, map, &total.sums);
           take_target<kCapped>(total, logits_row, map, label - call.rows.start, call.rows.vocab);
         }
         rows_out[row] = total;
@@ -696,9 +711,9 @@ HOST_DEVICE void merge(RowTotals& into, const RowTotals& other) {
 
 constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
 constexpr int kRowThreads = 256;
-// Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; 128 for double.
+// Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; for double 128, 96 in the one-warp form.
 template <int kThreads, bool kCapped, class T>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : kThreads == kWarp ? 6 : kCapped ? 3 : 4;
+constexpr int kBlocks = sizeof(T) == 8 ? (kThreads == kWarp ? 5 : 2) : kThreads == kWarp ? 6 : kCapped ? 3 : 4;
 template <bool kCapped, class T>
 constexpr int kInFlight = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs a thread
 constexpr int kPiecePacks = 16 * kRowThreads;  // of the backward, at most: enough work to pay for a block's start
@@ -780,10 +795,10 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   statistics[row] = total;
 }
 
-// The gradient of a row, written by a warp or by a block; cut into pieces of `piece_packs` packs. Packs are counted from the
-// first 16-byte boundary of the target, so that they are stored whole wherever the row lies; what stands before and after them
-// is written element by element by the first piece.
-template <int kThreads, class T>
+// The gradient of a row, written by a warp or by a block; cut into pieces of `piece_packs` packs, of 16 bytes or some times that.
+// Packs are counted from the first 16-byte boundary of the target, so that they are stored whole wherever the row lies; what stands
+// before and after them is written element by element by the first piece.
+template <int kThreads, class T, int kElements = kPack<T>>
 struct TargetRow {
   using A = accumulate_t<T>;
   T* dx;
@@ -794,8 +809,8 @@ struct TargetRow {
   __device__ TargetRow(T* dx, int64_t vocab, int piece, int piece_packs) : dx(dx) {
     const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(dx) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
     head = to_boundary < vocab ? to_boundary : vocab;
-    const int packs_in_row = static_cast<int>((vocab - head) / kPack<T>);
-    tail = head + int64_t(packs_in_row) * kPack<T>;
+    const int packs_in_row = static_cast<int>((vocab - head) / kElements);
+    tail = head + int64_t(packs_in_row) * kElements;
     const int lane = threadIdx.x % kThreads;
     edge = lane < head ? lane : tail + lane - head;
     has_edge = piece == 0 && edge < vocab;
@@ -804,9 +819,21 @@ struct TargetRow {
     pack = piece * piece_packs + lane;
   }
 
+  template <class Value>  // value(i): element i of the pack, in the type of the arithmetic
+  __device__ void store(int p, const Value& value) const {
+    T* at = dx + head + int64_t(p) * kElements;
+    UNROLL
+    for (int first = 0; first < kElements; first += kPack<T>) {
+      T g[kPack<T>];
+      UNROLL
+      for (int i = 0; i < kPack<T>; ++i) g[i] = narrow<T>(value(first + i));
+      stream_store(at + first, granule_of(g));
+    }
+  }
+
   __device__ void zeros() const {
     if (has_edge) dx[edge] = static_cast<T>(0.0f);
-    for (int p = pack; p < end; p += kThreads) stream_store(dx + head + int64_t(p) * kPack<T>, Granule{});
+    for (int p = pack; p < end; p += kThreads) store(p, [](int) { return A(0); });
   }
 
   template <int kUnroll, class Gradient, bool kAgain = false>
@@ -822,10 +849,7 @@ struct TargetRow {
         const int64_t first = head + (int64_t(p) + u * kThreads) * kPack<T>;
         const bool has_label = static_cast<uint64_t>(place) - static_cast<uint64_t>(first) < kPack<T>;
         const A at_label = has_label ? static_cast<A>(x[place]) : A(0);  // before an in-place write
-        T g[kPack<T>];
-        UNROLL
-        for (int i = 0; i < kPack<T>; ++i) g[i] = narrow<T>(gradient(element<T>(packs[u], i), A(0)));
-        stream_store(dx + first, granule_of(g));
+        store(p + u * kThreads, [&](int i) { return gradient(element<T>(packs[u], i), A(0)); });
         if (has_label) dx[place] = narrow<T>(gradient(at_label, a));  // by the thread that has stored the pack: one place to pay for it
       }
     }
@@ -952,15 +976,15 @@ inline void gather_logprobs_backward_inplace(OptionalTensor grad_logprobs, Optio
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Slices of the vocabulary: logits [..., v] are those of the ids from vocab_start on, of `vocab` in all; v may be 0, labels are
-// ids of the whole.
+// Slices of the vocabulary: logits [..., v] are those of the ids from vocab_start on, of `vocab` in all or -1, not known; v may be 0,
+// labels are ids of the whole.
 
 inline Tensor logprob_slice_statistics(Tensor logits, Tensor labels, OptionalTensor temperature, OptionalTensor mask, double temperature_value,
                                        double softcap, double logit_scale, int64_t ignore_index, int64_t vocab_start, int64_t vocab,
                                        bool with_entropy) {
   const char* op = "logprob_slice_statistics";
   const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
-                                        {vocab_start, vocab});
+                                        VocabSlice{vocab_start, vocab});
   Tensor statistics = empty(labels, {call.rows.rows, 4}, ScalarType::Double);
   slice_statistics(op, call, with_entropy, true, statistics);
   return statistics;
@@ -971,7 +995,7 @@ inline void logprob_slice_statistics_into(Tensor statistics, Tensor logits, Tens
                                           int64_t vocab_start, int64_t vocab, bool with_entropy) {
   const char* op = "logprob_slice_statistics_into";
   const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
-                                        {vocab_start, vocab});
+                                        VocabSlice{vocab_start, vocab});
   CHECK_VALUE(statistics.dim() == 2 && statistics.size(0) == call.rows.rows && statistics.size(1) == 4 && statistics.is_contiguous() &&
                   statistics.scalar_type() == ScalarType::Double,
               op, ": `statistics` is not what logprob_slice_statistics returned");
@@ -998,14 +1022,15 @@ struct CombineSlices {
       total.target = slice.target != kUnseen ? slice.target : total.target;
     }
     const RowStats<A> row_stats = ignored || weight == 0 ? RowStats<A>{} : finish_row<A>(total.sums);
-    stats[row] = row_stats;
     const double value = total.target != kUnseen ? total.target : std::numeric_limits<double>::quiet_NaN();
     write_row(value, row_stats, slope, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
+    stats[row] = row_stats;  // a slice alone does not know that no other has the label
+    if (total.target == kUnseen && !ignored && weight != 0) stats[row].max = std::numeric_limits<A>::quiet_NaN();
   }
 };
 
 // partials: [slices, rows, 4], merged in their order. Labels and temperatures are those that the statistics were made with. A
-// label that no slice has gives NaN; on the CPU the statistics have refused it.
+// label that no slice has gives NaN, and in its row of the gradient; on the CPU the statistics have refused it where they know V.
 inline std::tuple<Tensor, Tensor, Tensor> logprob_slices_combine(Tensor partials_, Tensor labels_, OptionalTensor temperature_,
                                                                  OptionalTensor mask_, double temperature_value, double softcap,
                                                                  double logit_scale, int64_t ignore_index, bool with_entropy, bool wide) {
@@ -1016,7 +1041,8 @@ inline std::tuple<Tensor, Tensor, Tensor> logprob_slices_combine(Tensor partials
   CHECK_VALUE(partials.dim() == 3 && partials.size(1) == rows && partials.size(2) == 4 && partials.scalar_type() == ScalarType::Double, op,
               ": `partials` must be [slices, ", rows, ", 4] in float64, got shape ", shape_of(partials));
   check_label_type(op, labels);
-  const OptionalTensor temperature = dense_temperature(op, temperature_, labels, type);
+  if (temperature_.has_value()) check_like(op, "temperature", *temperature_, "labels", labels);
+  const OptionalTensor temperature = dense_temperature(op, temperature_, type);
   const OptionalTensor mask = contiguous_mask(op, mask_, "labels", labels);
   const LogprobOptions options{temperature.has_value() ? temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
                                ignore_index, mask_view(op, mask)};
@@ -1026,7 +1052,11 @@ inline std::tuple<Tensor, Tensor, Tensor> logprob_slices_combine(Tensor partials
     const CombineSlices<A> combine{reinterpret_cast<const RowStatistics*>(in<double>(partials)), partials.size(0), rows,
                                    labels.const_data_ptr(), labels.scalar_type() == ScalarType::Long, options, out<A>(o.logprobs),
                                    with_entropy ? out<A>(o.entropy) : nullptr, reinterpret_cast<RowStats<A>*>(out<A>(o.stats))};
+#if defined(RLHF_DEVICE_CODE)
     for_each(labels, padded_rows(1, rows), options.mask, combine);
+#else  // no clones: what they make of a product and a sum is one rounding less than gather_logprobs has
+    parallel_for(rows, combine.slices, [&](int64_t row) { combine(0, row, options.mask[row]); });
+#endif
   });
   return {o.logprobs, o.entropy, o.stats};
 }
@@ -1036,7 +1066,7 @@ inline Tensor logprob_slice_backward(OptionalTensor grad_logprobs, OptionalTenso
                                      double logit_scale, int64_t ignore_index, int64_t vocab_start, int64_t vocab) {
   const char* op = "logprob_slice_backward";
   const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
-                                        {vocab_start, vocab});
+                                        VocabSlice{vocab_start, vocab});
   return gather_logprobs_backward_into(false, grad_logprobs, grad_entropy, logits, call, stats, op);
 }
 
@@ -1045,7 +1075,7 @@ inline void logprob_slice_backward_inplace(OptionalTensor grad_logprobs, Optiona
                                            double softcap, double logit_scale, int64_t ignore_index, int64_t vocab_start, int64_t vocab) {
   const char* op = "logprob_slice_backward_inplace";
   const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
-                                        {vocab_start, vocab});
+                                        VocabSlice{vocab_start, vocab});
   gather_logprobs_backward_into(true, grad_logprobs, grad_entropy, logits, call, stats, op);
 }
 

@@ -168,6 +168,29 @@ struct LogitLanes {
   }
 };
 
+// One logit a lane whatever its width, for loops over logits of two types; LogitLanes moves fewer bits about.
+template <class T>
+HOST_DEVICE Lanes<accumulate_t<T>> load_lanes(const T* x) {
+  if constexpr (sizeof(T) == 2) {
+    uint16_t bits __attribute__((vector_size(32)));
+    memcpy(&bits, x, sizeof(bits));
+    return from_bits16<T, Lanes<float>>(__builtin_convertvector(bits, Lanes<uint32_t>));
+  } else {
+    Lanes<T> lanes;
+    memcpy(&lanes, x, sizeof(lanes));
+    return lanes;
+  }
+}
+template <class T>
+HOST_DEVICE void store_lanes(T* x, Lanes<accumulate_t<T>> lanes) {
+  if constexpr (sizeof(T) == 2) {
+    const auto bits = __builtin_convertvector(to_bits16<T>(lanes), uint16_t __attribute__((vector_size(32))));
+    memcpy(static_cast<void*>(x), &bits, sizeof(bits));
+  } else {
+    memcpy(x, &lanes, sizeof(lanes));
+  }
+}
+
 // Folds the lanes in halves; op takes Lanes.
 template <class A, class Op>
 HOST_DEVICE A fold_lanes(Lanes<A> lanes, Op&& op) {
@@ -248,7 +271,13 @@ HOST_DEVICE Lanes<double> exp2_bounded(Lanes<double> y) {
 
 // 2^y and exp(x) for y, x <= 0: 0 where the result would be no normal number and at -inf, NaN at NaN. Of exp the error grows
 // with |x|, where the result no longer counts.
-HOST_DEVICE float exp2_nonpositive(float y) { return y < -126.0f ? 0.0f : exp2_bounded(y); }
+HOST_DEVICE float exp2_nonpositive(float y) {
+#if defined(__CUDA_ARCH__)
+  return exp2_bounded(y);  // which gives 0 there by itself
+#else
+  return y < -126.0f ? 0.0f : exp2_bounded(y);
+#endif
+}
 HOST_DEVICE float exp_nonpositive(float x) { return exp2_nonpositive(x * static_cast<float>(kLog2E)); }
 HOST_DEVICE double exp2_nonpositive(double y) { return exp2(y); }
 HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }

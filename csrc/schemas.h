@@ -6,6 +6,7 @@
 #include "group.h"
 #include "kept.h"
 #include "kl.h"
+#include "kl_divergence.h"
 #include "logprob.h"
 #include "masked.h"
 #include "ppo_loss.h"
@@ -90,6 +91,10 @@
         "int loss_type) -> (Tensor, Tensor, Tensor)");                                                                              \
   m.def("dpo_loss_backward(Tensor grad, Tensor slopes, bool need_chosen, bool need_rejected, bool need_ref_chosen, "                \
         "bool need_ref_rejected) -> (Tensor, Tensor, Tensor, Tensor)");                                                             \
+  m.def("kl_divergence(Tensor logits, Tensor ref_logits, Tensor? temperature, Tensor? mask, float temperature_value) "              \
+        "-> (Tensor, Tensor)");                                                                                                     \
+  m.def("kl_divergence_backward(Tensor grad, Tensor logits, Tensor ref_logits, Tensor? temperature, Tensor? mask, "                 \
+        "Tensor row_stats, float temperature_value) -> Tensor");                                                                    \
   m.def("logprob_slice_statistics(Tensor logits, Tensor labels, Tensor? temperature, Tensor? mask, float temperature_value, "       \
         "float softcap, float logit_scale, int ignore_index, int vocab_start, int vocab, bool with_entropy) -> Tensor");            \
   m.def("logprob_slice_statistics_into(Tensor(a!) statistics, Tensor logits, Tensor labels, Tensor? temperature, Tensor? mask, "    \
@@ -137,6 +142,8 @@
   m.impl("reward_pair_loss_backward", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss_backward));                \
   m.impl("dpo_loss", TORCH_BOX(&rlhf_fast::unit::dpo_loss));                                                  \
   m.impl("dpo_loss_backward", TORCH_BOX(&rlhf_fast::unit::dpo_loss_backward));                                \
+  m.impl("kl_divergence", TORCH_BOX(&rlhf_fast::unit::kl_divergence));                                        \
+  m.impl("kl_divergence_backward", TORCH_BOX(&rlhf_fast::unit::kl_divergence_backward));                      \
   m.impl("logprob_slice_statistics", TORCH_BOX(&rlhf_fast::unit::logprob_slice_statistics));                  \
   m.impl("logprob_slice_statistics_into", TORCH_BOX(&rlhf_fast::unit::logprob_slice_statistics_into));        \
   m.impl("logprob_slices_combine", TORCH_BOX(&rlhf_fast::unit::logprob_slices_combine));                      \

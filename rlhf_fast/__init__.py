@@ -21,6 +21,7 @@ from rlhf_fast.ops import (
     gae,
     gather_logprobs,
     group_advantages,
+    kl_divergence,
     kl_penalty,
     linear_logprobs,
     linear_ppo_loss,
@@ -31,6 +32,7 @@ from rlhf_fast.ops import (
     ppo_value_loss,
     reward_pair_loss,
     shape_rewards,
+    vocab_parallel_logprobs,
 )
 
 __version__ = _C.build_info()["version"]
@@ -52,6 +54,7 @@ __all__ = [
     "gae",
     "gather_logprobs",
     "group_advantages",
+    "kl_divergence",
     "kl_penalty",
     "linear_logprobs",
     "linear_ppo_loss",
@@ -64,4 +67,5 @@ __all__ = [
     "reward_pair_loss",
     "shape_rewards",
     "unpatch",
+    "vocab_parallel_logprobs",
 ]

@@ -16,6 +16,7 @@ import rlhf_fast
 from rlhf_fast.ops.gae import gae_reference
 from rlhf_fast.ops.group import group_advantages_reference
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_reference
+from rlhf_fast.ops.kl_divergence import kl_divergence_reference
 from rlhf_fast.ops.linear import linear_logprobs_reference
 from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss_reference
 from rlhf_fast.ops.logprob import gather_logprobs_reference
@@ -181,6 +182,32 @@ def draw_kept_logprobs(rng: random.Random) -> Call:
     if torch.isinf(logits).any():  # the last logit is finite: a set of -inf alone has no distribution
         kept = torch.cat([kept[..., :511], torch.full_like(label, vocab - 1)], -1)
     return Call(call.args, {**call.kwargs, "kept": restride(rng, kept.to(rng.choice([torch.int32, torch.int64])))})
+
+
+def draw_kl_divergence(rng: random.Random) -> Call:
+    logits = draw_gather_logprobs(rng).args[0]
+    batch, vocab, dtype = logits.shape[:-1], logits.shape[-1], logits.dtype
+    reference = logits.double()
+    if rng.random() < 0.7:  # near the policy, or far from it
+        reference = reference + randn(
+            rng, *logits.shape, scale=rng.choice([1e-3, 0.1, 3.0, 100.0]), dtype=torch.float64
+        )
+    if rng.random() < 0.2:
+        reference = randn(rng, *logits.shape, scale=3.0, dtype=torch.float64)
+    if rng.random() < 0.2:
+        reference = reference + rng.choice([-3e4, -50.0, 50.0, 3e4])
+    if rng.random() < 0.2:  # not a row of -inf alone, and not beside 65504, which float16 may turn into inf
+        reference[..., rng.randrange(vocab)] = -math.inf if vocab > 1 else 0.0
+    other = rng.choice([dtype, dtype, torch.float32, torch.bfloat16, torch.float64])
+    reference = reference.clamp(max=6e4).to(other)
+    kwargs = {}
+    if rng.random() < 0.3:
+        kwargs["temperature"] = rng.choice([0.5, 0.7, 2.0])
+    elif rng.random() < 0.3:
+        kwargs["temperature"] = randn(rng, *batch).abs() + 0.5
+    if rng.random() < 0.3:
+        kwargs["mask"] = draw_mask(rng, batch)
+    return Call((logits, restride(rng, reference, rows_only=rng.random() < 0.8)), kwargs)
 
 
 def draw_pair_of_logprobs(rng, shape, dtype):
@@ -418,6 +445,7 @@ OPS = {
     "reward_pair_loss": Op(rlhf_fast.reward_pair_loss, reward_pair_loss_reference, draw_reward_pair_loss, units=0.51),
     "group_advantages": Op(rlhf_fast.group_advantages, group_advantages_reference, draw_group_advantages, units=0.51),
     "dpo_loss": Op(rlhf_fast.dpo_loss, dpo_loss_reference, draw_dpo_loss, units=0.51),
+    "kl_divergence": Op(rlhf_fast.kl_divergence, kl_divergence_reference, draw_kl_divergence),
 }
 
 
@@ -456,8 +484,11 @@ def is_input(op: str, index: int | str, value) -> bool:
     return index in INPUTS.get(op, (index,)) and (
         isinstance(value, Tensor)
         and value.is_floating_point()
-        and index not in ("mask", "temperature", "lam", "normalizer")
-        and not ((op in ("masked_mean", "masked_whiten") and index == 1) or (op == "shape_rewards" and index == 3))
+        and index not in ("mask", "temperature", "lam", "normalizer", "ref_logits")
+        and not (
+            (op in ("masked_mean", "masked_whiten", "kl_divergence") and index == 1)
+            or (op == "shape_rewards" and index == 3)
+        )
     )
 
 
@@ -531,6 +562,18 @@ def units_of(name: str, call: Call) -> float:
     return units
 
 
+def gradient_units(name: str, call: Call) -> float:
+    """The same for gradients. Those of a KL divergence sum to 0 in a row: they share the error of the largest."""
+    units = units_of(name, call)
+    if name != "kl_divergence":
+        return units
+    bound = dict(zip(("logits", "ref_logits"), call.args, strict=False)) | call.kwargs
+    tau = torch.as_tensor(bound.get("temperature", 1.0)).double().unsqueeze(-1)
+    log_p, log_q = ((bound[k].double() / tau).log_softmax(-1) for k in ("logits", "ref_logits"))
+    share = (log_p.exp() * (log_p - log_q) / tau).abs().flatten()
+    return units * max(1.0, float(share[torch.isfinite(share)].max())) if torch.isfinite(share).any() else units
+
+
 def examine(name: str, call: Call, device: str, upstream: Callable | None = random_upstream) -> Outcome:
     """Outputs and gradients of one call, held against the float64 reference on the same numbers."""
     op, places = OPS[name], inputs_of(name, call)
@@ -551,7 +594,8 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
         w = want.gradients.get(place)
         w = torch.zeros_like(leaf, dtype=torch.float64) if w is None else w
         # The gradient of a wide result may itself be rounded to a narrow input.
-        allowed = units + op.more_by_product + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
+        rounding = 0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0
+        allowed = gradient_units(name, call) + op.more_by_product + rounding
         if leaf.numel() < largest:  # one value a row: torch adds its gradient up over the tokens, in float32
             allowed = max(allowed, 4.0)
         error = assert_close(f"{name} gradient of argument {place}", g, w, allowed)

@@ -30,7 +30,7 @@ INVARIANCES_EVERY = 4
 THREADS_EVERY = 20  # takes long: rows enough for two threads
 DEVICES = {"cpu": 1, "emulated": 2, **({"cuda": 1} if torch.cuda.is_available() else {})}  # one in so many calls
 # A row of these depends on nothing outside itself: its bits may not either.
-ROW_BY_ROW = ("gather_logprobs", "kl_penalty", "shape_rewards", "gae")
+ROW_BY_ROW = ("gather_logprobs", "kl_penalty", "kl_divergence", "shape_rewards", "gae")
 MAX_FAILURES = 20
 
 
@@ -77,6 +77,8 @@ def rows_of(name: str, kwargs: dict) -> int:
     tensors = [v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "normalizer"]
     if "weight" in kwargs:  # a head: torch's product promises no bits
         return 0
+    if "ref_logits" in kwargs:  # a single row of logits is no row of each
+        tensors += [kwargs["logits"][..., 0]]
     if kwargs.get("cu_seqlens") is not None or len({t.shape[:1] for t in tensors}) != 1 or tensors[0].dim() == 0:
         return 0
     return tensors[0].shape[0]

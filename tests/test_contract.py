@@ -104,6 +104,9 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
         "reward_pair_loss": lambda: Call((real(B), real(B)), {"margin": real(B), "center_coef": 0.01}),
         "group_advantages": lambda: Call((real(4 * B),), {"group_size": 4, "leave_one_out": True}),
         "dpo_loss": lambda: Call((real(B), real(B), real(B), real(B)), {"beta": 0.5, "label_smoothing": 0.1}),
+        "kl_divergence": lambda: Call(
+            (real(B, T, V), real(B, T, V).detach()), {"mask": mask, "temperature": real(B, T).detach().abs() + 0.5}
+        ),
     }[name]()
 
 
@@ -693,6 +696,32 @@ BAD = [
     ),
     ("group_advantages", (t(6), 2), {"eps": -1.0}, ValueError, "`eps` must be finite and at least 0, got -1.0"),
     ("group_advantages", (t(6), 2), {"leave_one_out": 1}, TypeError, "`leave_one_out` must be True or False, got int"),
+    ("kl_divergence", (t(2, 3), None), {}, TypeError, "`ref_logits` must be a tensor, got NoneType"),
+    ("kl_divergence", (t(2, 3), t(2, 4)), {}, ValueError, r"`ref_logits` has shape \[2, 4\].*`logits`, \[2, 3\]"),
+    ("kl_divergence", (t(2, 3), ints), {}, TypeError, "`ref_logits` must be float32, .* got Long"),
+    ("kl_divergence", (t(2, 3), t(2, 3).requires_grad_()), {}, ValueError, "`ref_logits` requires grad"),
+    ("kl_divergence", (t(2, 0), t(2, 0)), {}, ValueError, "`logits` must not have an empty vocabulary"),
+    (
+        "kl_divergence",
+        (t(2, 3), t(2, 3)),
+        {"temperature": -1.0},
+        ValueError,
+        "`temperature` must be finite and above 0",
+    ),
+    (
+        "kl_divergence",
+        (t(2, 3), t(2, 3)),
+        {"temperature": t(2)},
+        ValueError,
+        "`temperature` holds 0 at flat position 0; it must be finite and above 0",
+    ),
+    (
+        "kl_divergence",
+        (t(2, 3), t(2, 3)),
+        {"mask": t(3)},
+        ValueError,
+        r"`mask` has shape \[3\] but must have the shape of `logits` without its last dimension",
+    ),
     ("dpo_loss", (t(2), t(2), t(2), t(3)), {}, ValueError, r"`ref_rejected` has shape \[3\].*`chosen`, \[2\]"),
     ("dpo_loss", (t(2, 1), t(2, 1), t(2, 1), t(2, 1)), {}, ValueError, r"`chosen` must be \[B\], got shape \[2, 1\]"),
     ("dpo_loss", (t(2), t(2), None, t(2)), {}, TypeError, "`ref_chosen` must be a tensor, got NoneType"),

@@ -83,6 +83,8 @@ def draws(name: str, count: int, where=lambda kwargs: True, tries=3000) -> list[
 
 def token_shape(kwargs: dict) -> torch.Size:
     """The shape of a mask for these arguments."""
+    if "ref_logits" in kwargs:
+        return kwargs["logits"].shape[:-1]
     given = kwargs.get("mask", kwargs.get("labels"))
     return (next(v for v in kwargs.values() if isinstance(v, Tensor)) if given is None else given).shape
 
@@ -428,6 +430,7 @@ def _(name, device):
 MANY, EMULATED_MANY = 66_000, 1_000
 MANY_ROWS = {
     "gather_logprobs": lambda n: logprob_call(n, vocab=4),
+    "kl_divergence": lambda n: Call((), {"logits": tokens(n, 3), "ref_logits": tokens(n, 3, seed=1)}),
     "masked_mean": lambda n: Call((), {"x": tokens(n, 3), "mask": tokens(n, 3, seed=1) > 0, "dim": 1}),
     "gae": lambda n: Call((), {"rewards": tokens(n, 2), "values": tokens(n, 2, seed=1)}),
     "shape_rewards": lambda n: Call(

@@ -360,11 +360,15 @@ def as_reals(op: str, **tensors: Any) -> list[Tensor]:
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors.values()]
 
 
+def without_gradient(op: str, name: str, value: Any) -> Tensor:
+    if need_tensor(op, name, value).requires_grad:
+        raise ValueError(f"{op}: `{name}` requires grad, but no gradient flows to it; pass {name}.detach()")
+    return value
+
+
 def constants(op: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
     """A tensor of numbers that no gradient flows to, in `dtype`."""
-    value = need_tensor(op, name, value)
-    if value.requires_grad:
-        raise ValueError(f"{op}: `{name}` requires grad, but no gradient flows to it; pass {name}.detach()")
+    value = without_gradient(op, name, value)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: `{name}` must be floating point or integer, got {value.dtype}")
     return value.to(dtype)

@@ -15,7 +15,7 @@ def accumulate_dtype(logits: Tensor) -> torch.dtype:
 
 def options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index):
     """(temperatures or None, temperature, cap or 0, scale, ignore_index), checked."""
-    cap = number(op, "softcap", softcap, above=0.0, none=0.0)
+    cap = 0.0 if softcap is None else number(op, "softcap", softcap, above=0.0, none=0.0)
     scale = number(op, "logit_scale", logit_scale, above=0.0)
     ignore_index = integer(op, "ignore_index", ignore_index)
     taus, tau = None, 1.0
@@ -45,7 +45,7 @@ def setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def formula(backward: Callable, backward_inplace: Callable, inputs: int) -> Callable:
+def formula(backward: Callable, backward_inplace: Callable, inputs: int, function: str = "gather_logprobs") -> Callable:
     """The gradient to the logits, the first of an op's `inputs` inputs, by one of two kernels."""
     nothing = (None,) * inputs
 
@@ -54,7 +54,7 @@ def formula(backward: Callable, backward_inplace: Callable, inputs: int) -> Call
             return nothing
         if ctx.overwritten:
             raise RuntimeError(
-                "gather_logprobs(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be "
+                f"{function}(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be "
                 "no second one; pass inplace_backward=False to run backward twice"
             )
         logits, *rest = ctx.saved_tensors
