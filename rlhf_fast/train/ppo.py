@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
-from rlhf_fast.train import loop
+from rlhf_fast.train import checks, loop
 from rlhf_fast.train.checkpoint import claim_output, save_model, write_directory
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.finite import blaming, check_finite, keeping
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
@@ -95,8 +97,6 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     models = load_models(config, reward, device)
-    if not config.full_logits:
-        logit_head(models.policy)  # a model without one is refused here
     loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
     encoder = loop.Encoder(models.policy, models.tokenizer, others=(models.value,), **limits)
@@ -104,15 +104,33 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     queries = [encoder.prompt(prompt) for prompt in prompts]
     cut = encoder.truncated_prompts
     data = DataSummary(config.data, rows_read, len(rows), len(prompts), len(heldout), bad_rows, cut)
+    recorded = data.as_dict() | checks.prompt_form(prompts)
+    if config.checks:
+        checks.check_prompts_fit(cut, len(prompts), encoder.max_prompt_tokens)
+        for directory in filter(None, (config.model, config.reward_model)):
+            checks.check_same_form(directory, prompts)
+        checks.check_ppo(
+            models,
+            prompts,
+            queries,
+            response_length=config.response_length,
+            temperature=config.temperature,
+            missing_eos=config.missing_eos,
+            full_logits=config.full_logits,
+        )
+    if not config.full_logits:
+        logit_head(models.policy)  # a model without one is refused here
 
     updates = max(1, (config.total_episodes or len(prompts)) // config.batch_size)
     optimizer = loop.adamw([models.policy, models.value], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
     kl_coef, tokens, results = config.kl_coef, 0, {}
-    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, data.as_dict()) as stage:
+    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded) as stage:
         for update, batch in enumerate(prompt_batches(len(prompts), config.batch_size, updates, order), 1):
             rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
-            experience = collect(models, [prompts[i] for i in batch], [queries[i] for i in batch], kl_coef, config)
-            stats = optimize(experience, models, optimizer, config, order, rate=rate, where=f"ppo update {update}")
+            where, asked = f"ppo update {update}", [prompts[i] for i in batch]
+            with keeping(out, where, asked, config):
+                experience = collect(models, asked, [queries[i] for i in batch], kl_coef, config)
+                stats = optimize(experience, models, optimizer, config, order, rate=rate, where=where)
             episode, tokens = update * config.batch_size, tokens + sum(experience.scored.rollout.response_lengths)
             results = describe(experience, config.kl_estimator) | stats
             results |= {"lr": rate, "episode": episode, "epoch": episode / len(prompts)}
@@ -149,11 +167,7 @@ def load_models(config: PPOConfig, reward: RewardFunction | None, device: torch.
         torch.nn.init.zeros_(value.score.weight)
         return Models(policy, reference, value, reward, tokenizer)
     reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)
-    if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizers of {config.model} and {config.reward_model} differ, so the reward model would read other "
-            "words than the policy wrote; train the reward model from this policy"
-        )
+    checks.check_same_words(tokenizer, reward_tokenizer, (config.model, config.reward_model))
     return Models(policy, reference, load_scalar_model(config.reward_model, **places)[0], reward_model, tokenizer)
 
 
@@ -171,7 +185,9 @@ def collect(
         micro_batch_size=config.micro_batch_size,
         full_logits=config.full_logits,
     )
-    return advantage(
+    parts = {"samples": rollout.samples, "beside": tensors_of(rollout)}
+    check_finite(tensors_of(scored), **parts)
+    batch = advantage(
         scored,
         kl_coef=kl_coef,
         kl_estimator=config.kl_estimator,
@@ -181,6 +197,17 @@ def collect(
         whiten_rewards=config.whiten_rewards,
         whiten_advantages=config.whiten_advantages,
     )
+    check_finite(tensors_of(scored) | tensors_of(batch), **parts)
+    return batch
+
+
+def tensors_of(record: object) -> dict[str, Tensor]:
+    """The tensors of a rollout, a scored or an advantaged batch."""
+    return {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+
+
+def all_tensors(batch: Advantaged) -> dict[str, Tensor]:
+    return tensors_of(batch.scored.rollout) | tensors_of(batch.scored) | tensors_of(batch)
 
 
 def prompt_batches(count: int, batch_size: int, updates: int, order: torch.Generator) -> Iterator[list[int]]:
@@ -205,21 +232,30 @@ def optimize(
 ) -> dict[str, float]:
     """All optimizer steps of one update -> the statistics of its minibatches, averaged over them."""
     trained = {"policy": models.policy, "value": models.value}
-    count = len(batch.scored.scores)
+    count, samples = len(batch.scored.scores), batch.scored.rollout.samples
     means, done = loop.Means(), []
+    alone = partial(gradient_of_row, batch, models, config)
     for _ in range(config.num_ppo_epochs):
         minibatches = torch.randperm(count, generator=order).chunk(config.num_mini_batches)
         for rows in minibatches:
-            stats = accumulate_gradient(batch, rows.tolist(), models, config)
-            losses = {name: stats[name] for name in ("loss/policy_avg", "loss/value_avg")}
-            norms = loop.clip_and_step(
-                optimizer, trained, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
-            )
+            rows = rows.tolist()
+            with blaming(trained, {row: row for row in rows}, alone, partial(all_tensors, batch), samples):
+                stats = accumulate_gradient(batch, rows, models, config)
+                losses = {name: stats[name] for name in ("loss/policy_avg", "loss/value_avg")}
+                if config.checks and not done:
+                    checks.check_first_ratio(stats["val/ratio"], stats["val/ratio_var"], models.policy.dtype, where)
+                norms = loop.clip_and_step(
+                    optimizer, trained, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
+                )
             done.append(stats["policy/approxkl_avg"])
             means.add(stats | {f"{name}/grad_norm": norm for name, norm in norms.items()})
         if config.target_kl is not None and torch.stack(done[-len(minibatches) :]).mean() > config.target_kl:
             break
     return means.take()
+
+
+def gradient_of_row(batch: Advantaged, models: Models, config: PPOConfig, row: int) -> dict[str, Tensor]:
+    return accumulate_gradient(batch, [row], models, config)
 
 
 def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig) -> dict[str, Tensor]:

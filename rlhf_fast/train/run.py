@@ -83,6 +83,7 @@ class RunConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
+    checks: bool = option(True, loop.CHECKS)
 
     sft: SFTConfig = part(SFTConfig, "supervised fine-tuning", filled=SHARED)  # noqa: RUF009 (part returns a field)
     reward: RewardConfig = part(RewardConfig, "reward model", filled=SHARED)  # noqa: RUF009
