@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,6 +51,11 @@ class StageConfig:
 
 
 # ------------------------------------------------------------------------------------------------------ process
+
+
+def say(line: str) -> None:
+    """One line for whoever watches."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,10 +11,12 @@ Huang et al. 2024 (arXiv 2403.17031), with gradient clipping added. Every mean r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +25,17 @@ from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
 from rlhf_fast.train import checks, loop
 from rlhf_fast.train.checkpoint import claim_output, save_model, write_directory
 from rlhf_fast.train.config import option, validate
-from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
+from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.evaluate import Judge, PairJudge
 from rlhf_fast.train.finite import blaming, check_finite, keeping
 from rlhf_fast.train.generate import generation_config
+from rlhf_fast.train.guard import Guard, Settings
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
 from rlhf_fast.train.record import Stage
-from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, advantage, roll_out, score
+from rlhf_fast.train.rewards import SPEC, check_accuracy, make_reward, terms_of
+from rlhf_fast.train.rollout import Advantaged, Models, advantage, roll_out, score
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class PPOConfig(loop.StageConfig):
 
     reward_model: str | None = option(
         None, "directory of the reward model; its copy becomes the value model", group="files"
+    )
+    reward: str | None = option(None, f"in place of it: {SPEC}", several=True)
+    min_reward_accuracy: float | None = option(
+        0.5, "refuse a reward model whose stated held-out accuracy is lower; none: take any", minimum=0, maximum=1
     )
     max_prompt_tokens: int = option(
         512, "longer prompts lose their beginning", minimum=1, source=loop.N_PLUS, group="rollout"
@@ -81,16 +90,30 @@ class PPOConfig(loop.StageConfig):
     entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
     target_kl: float | None = option(None, "end the passes of an update once approxkl is above this", above=0)
     full_logits: bool = option(False, FULL_LOGITS)
+    eval_every: int = option(
+        0, "updates between two judgements against the start on held-out prompts; 0: none", minimum=0, group="judge"
+    )
+    eval_prompts: int = option(256, "at most so many held-out prompts are answered", minimum=1)
+    judge: str | None = option(None, f"who judges, not the reward itself: {SPEC}", several=True)
+    guard: str = option(
+        "stop",
+        "when the judge's score falls while the reward rises: stop and keep the best policy, or warn",
+        choices=("stop", "warn"),
+        source="arXiv 2210.10760",
+    )
 
 
-def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
+def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | None = None) -> Path:
     """Run the stage and return its directory. UserError, before anything is written, if any input is wrong.
 
-    reward: any function from replies to one number each, in place of `config.reward_model`; the value model is then
-    the policy's body under a head of zeros.
+    reward: a function from replies to one number each, an nn.Module, or a list of such with weights (see `rewards`), in
+    place of those in `config`; the value model is then the policy's body under a head of zeros.
+    judge: the same, in place of `config.judge`.
     """
     validate(config)
-    check(config, reward)
+    reward = config.reward if reward is None else reward
+    judge = make_reward(config.judge, device=config.device) if judge is None and config.judge else judge
+    check(config, reward, judge)
     out = claim_output(config.output_dir)
     device = loop.pick_device(config.device)
     rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows)
@@ -105,7 +128,11 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     cut = encoder.truncated_prompts
     data = DataSummary(config.data, rows_read, len(rows), len(prompts), len(heldout), bad_rows, cut)
     recorded = data.as_dict() | checks.prompt_form(prompts)
+    guard = judge and config.eval_every and watch(models, judge, heldout, encoder, out, config)
     if config.checks:
+        if guard:
+            split = {"heldout_fraction": config.heldout_fraction, "split_seed": config.split_seed}
+            checks.check_same_split(config.model, **split)
         checks.check_prompts_fit(cut, len(prompts), encoder.max_prompt_tokens)
         for directory in filter(None, (config.model, config.reward_model)):
             checks.check_same_form(directory, prompts)
@@ -125,6 +152,9 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     optimizer = loop.adamw([models.policy, models.value], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
     kl_coef, tokens, results = config.kl_coef, 0, {}
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded) as stage:
+        if guard:
+            guard.look(0)
+        alarm = None
         for update, batch in enumerate(prompt_batches(len(prompts), config.batch_size, updates, order), 1):
             rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
             where, asked = f"ppo update {update}", [prompts[i] for i in batch]
@@ -135,29 +165,62 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
             results = describe(experience, config.kl_estimator) | stats
             results |= {"lr": rate, "episode": episode, "epoch": episode / len(prompts)}
             results |= {"eps": episode / stage.seconds, "tokens_per_second": tokens / stage.seconds}
-            stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg"))
+            if guard and (update % config.eval_every == 0 or update == updates):
+                results |= guard.look(update)
+                alarm = guard.alarm()
+            stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg", "eval/win_rate"))
+            if alarm:
+                loop.say(f"ppo update {update}: over-optimisation: {alarm}")
+            if alarm and config.guard == "stop":
+                break
             kl_coef = adapted(kl_coef, results["objective/kl"], config)
-        models.policy.generation_config = generation_config(
-            models.tokenizer, config.response_length, config.temperature
-        )
+        policy = models.policy
+        if guard:
+            results |= guard.conclusion()
+            policy = guard.load_best() if alarm and config.guard == "stop" else policy
+        policy.generation_config = generation_config(models.tokenizer, config.response_length, config.temperature)
         with write_directory(out / "value") as directory:
             save_model(directory, models.value, models.tokenizer)
-        save_model(out, models.policy, models.tokenizer)
+        save_model(out, policy, models.tokenizer)
         stage.finish(results)
     return out
 
 
-def check(config: PPOConfig, reward: RewardFunction | None) -> None:
-    """UserError for keys that are right one by one and wrong together."""
+def watch(
+    models: Models,
+    judge: Judge | PairJudge,
+    heldout: Sequence[Prompt],
+    encoder: loop.Encoder,
+    out: Path,
+    config: PPOConfig,
+) -> Guard:
+    """What judges the policy during training, on the first held-out prompts."""
+    prompts = list(dict.fromkeys(row.prompt for row in heldout))[: config.eval_prompts]
+    if not prompts:
+        raise UserError("ppo: 'eval_every' needs held-out prompts; raise heldout_fraction or set eval_every 0")
+    settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
+    return Guard(models, judge, prompts, [encoder.prompt(prompt) for prompt in prompts], settings, out)
+
+
+def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None) -> None:
+    """UserError for keys that are right one by one and wrong together, or a reward model that is too poor."""
     if (config.reward_model is None) == (reward is None):
         raise UserError("ppo: give either 'reward_model' (a directory) or a reward function, and not both")
+    sources = [config.reward_model] if reward is None else [source for source, _ in terms_of(reward)]
+    for directory in sources:
+        if isinstance(directory, str | Path):
+            check_accuracy(directory, config.min_reward_accuracy)
+    if config.eval_every and judge is None and config.judge is None:
+        raise UserError(
+            "ppo: 'eval_every' needs a judge, which the reward itself cannot be; give 'judge' or eval_every 0"
+        )
     if config.batch_size % config.num_mini_batches:
         raise UserError(
             f"ppo: 'batch_size' {config.batch_size} must be a multiple of 'num_mini_batches' {config.num_mini_batches}"
         )
 
 
-def load_models(config: PPOConfig, reward: RewardFunction | None, device: torch.device) -> Models:
+def load_models(config: PPOConfig, reward: Any, device: torch.device) -> Models:
     """Policy and its frozen copy; reward model and its copy that becomes the value model (N+, detail 22)."""
     places = {"dtype": config.dtype, "device": device}
     policy, tokenizer = load_policy(config.model, **places)
@@ -165,7 +228,7 @@ def load_models(config: PPOConfig, reward: RewardFunction | None, device: torch.
     if reward is not None:
         value, _ = reward_from_policy(config.model, **places)
         torch.nn.init.zeros_(value.score.weight)
-        return Models(policy, reference, value, reward, tokenizer)
+        return Models(policy, reference, value, make_reward(reward, tokenizer=tokenizer, device=device), tokenizer)
     reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)
     checks.check_same_words(tokenizer, reward_tokenizer, (config.model, config.reward_model))
     return Models(policy, reference, load_scalar_model(config.reward_model, **places)[0], reward_model, tokenizer)

@@ -6,7 +6,6 @@ Everything a user can get wrong is checked before the first file is written and 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from rlhf_fast.train.data import (
     train_tokenizer,
 )
 from rlhf_fast.train.evaluate import Judge, compare_policies
+from rlhf_fast.train.loop import say
 from rlhf_fast.train.model import create_llama, load_policy
 from rlhf_fast.train.ppo import PPOConfig
 from rlhf_fast.train.report import write_report
@@ -124,7 +124,7 @@ def run(
     for stage in (config.sft, config.reward, config.ppo):
         validate(stage_config(config, stage))
         check_context(stage, model, tokenizer)
-    ppo.check(stage_config(config, config.ppo), None)
+    ppo.check(stage_config(config, config.ppo), None, judge)
 
     out.mkdir(parents=True, exist_ok=True)
     dump_yaml(config, out / "config.yaml")
@@ -138,9 +138,8 @@ def run(
     sft_dir = sft.train(stage_config(config, config.sft, model=start, output_dir=out / "sft"))
     pairs = config.data if make_pairs is None else make_pairs(sft_dir)
     reward_dir = reward.train(stage_config(config, config.reward, model=sft_dir, data=pairs, output_dir=out / "reward"))
-    ppo_dir = ppo.train(
-        stage_config(config, config.ppo, model=sft_dir, reward_model=reward_dir, output_dir=out / "ppo")
-    )
+    guide = {"reward_model": reward_dir} if config.ppo.reward is None else {}
+    ppo_dir = ppo.train(stage_config(config, config.ppo, model=sft_dir, output_dir=out / "ppo", **guide), judge=judge)
     say("evaluation: both policies answer the held-out prompts")
     _, prompts = read_split(config, read_prompts, config.data)
     _, preferences = read_split(config, read_preferences, pairs)
@@ -200,9 +199,6 @@ def check_context(stage: Any, model: PreTrainedModel, tokenizer: PreTrainedToken
 def stage_config(config: RunConfig, stage: Any, **paths: str | Path) -> Any:
     """A stage's config with the keys that the run decides filled in."""
     shared = {name: getattr(config, name) for name in SHARED if name != "model"}
-    places = {"model": "base"} | ({"reward_model": "reward"} if isinstance(stage, PPOConfig) else {})
+    rewarded = isinstance(stage, PPOConfig) and stage.reward is None
+    places = {"model": "base"} | ({"reward_model": "reward"} if rewarded else {})
     return dataclasses.replace(stage, **shared | places | {name: str(path) for name, path in paths.items()})
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
