@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 from rlhf_fast import demo
-from rlhf_fast.demo.world import GroundTruth, all_prompts
+from rlhf_fast.demo.world import GroundTruth
 from rlhf_fast.train import ppo, reward, sft
 from rlhf_fast.train.checkpoint import read_json, save_model
-from rlhf_fast.train.data import Prompt, split_heldout
+from rlhf_fast.train.data import read_prompts, split_heldout
 from rlhf_fast.train.evaluate import compare_policies
 
 PAIRS = 512
@@ -25,7 +25,8 @@ UPDATES = 60
 EVAL_EVERY = 1
 EVAL_PROMPTS = 256
 SHARED = {"heldout_fraction": 0.15, "threads": 1, "device": "cpu"}
-PPO = demo.PPO | {"total_episodes": UPDATES * 128, "kl_coef": 0.0, "min_reward_accuracy": None}
+LOOK = {"eval_every": EVAL_EVERY, "eval_prompts": EVAL_PROMPTS}
+PPO = demo.PPO | LOOK | {"total_episodes": UPDATES * 128, "kl_coef": 0.0, "min_reward_accuracy": None}
 COLUMNS = ("update", "eval/kl", "eval/reward", "eval/judge", "eval/win_rate", "eval/win_rate_lo", "eval/win_rate_hi")
 
 
@@ -54,11 +55,8 @@ def hack(root: Path, seed: int, guard: str) -> dict:
             data=str(root / "demonstrations.jsonl"),
             output_dir=str(out),
             seed=seed,
-            eval_every=EVAL_EVERY,
-            eval_prompts=EVAL_PROMPTS,
-            guard=guard,
             **SHARED,
-            **PPO,
+            **(PPO | {"guard": guard}),
         ),
         judge=GroundTruth(),
     )
@@ -67,8 +65,9 @@ def hack(root: Path, seed: int, guard: str) -> dict:
     for look in looks:
         print("  ".join(f"{look['step' if name == 'update' else name]:8.3f}" for name in COLUMNS))
     results = read_json(out / "stage.json")["results"]
-    prompts = [Prompt(prompt, line) for line, prompt in enumerate(all_prompts())]
-    heldout = [row.prompt for row in split_heldout(prompts, fraction=0.15, seed=0)[1]][:512]
+    # Prompts that neither a stage nor the guard has seen: it asks the last EVAL_PROMPTS of those held out.
+    heldout = split_heldout(read_prompts(root / "demonstrations.jsonl")[0], fraction=0.15, seed=0)[1]
+    heldout = list(dict.fromkeys(row.prompt for row in heldout))[:-EVAL_PROMPTS]
     sampling = {"response_length": demo.REPLY_TOKENS, "seed": 1000 + seed}
     final = compare_policies(root / "sft", out, heldout, GroundTruth(), **sampling)
     return {

@@ -65,6 +65,9 @@ PPO = {
     "kl_coef": 0.05,
     "missing_eos": "subtract",
     "response_length": REPLY_TOKENS,
+    "eval_every": 8,
+    "eval_prompts": 128,
+    "guard": "warn",
 }
 
 

@@ -57,6 +57,15 @@ class Guard:
     out: Path
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def begin(self, done: int = 0) -> None:
+        """Look at the policy as it starts, or take up what an earlier process saw in its first `done` updates."""
+        path = self.out / LOOKS
+        lines = path.read_text(encoding="utf-8").splitlines() if done and path.is_file() else []
+        self.history[:] = [look for look in map(json.loads, lines) if look["update"] <= done]
+        path.write_text("".join(json.dumps(look) + "\n" for look in self.history), encoding="utf-8")
+        if not self.history:
+            self.look(0)
+
     def look(self, update: int) -> dict[str, float]:
         """Let the policy answer, judge the answers, and keep the policy if it is the best so far -> the numbers to log."""
         samples, rewards, kl = self._answers()

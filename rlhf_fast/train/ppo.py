@@ -153,7 +153,7 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
     kl_coef, tokens, results = config.kl_coef, 0, {}
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded) as stage:
         if guard:
-            guard.look(0)
+            guard.begin()
         alarm = None
         for update, batch in enumerate(prompt_batches(len(prompts), config.batch_size, updates, order), 1):
             rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
@@ -194,8 +194,8 @@ def watch(
     out: Path,
     config: PPOConfig,
 ) -> Guard:
-    """What judges the policy during training, on the first held-out prompts."""
-    prompts = list(dict.fromkeys(row.prompt for row in heldout))[: config.eval_prompts]
+    """What judges the policy during training, on the last held-out prompts: a later evaluation asks the first ones."""
+    prompts = list(dict.fromkeys(row.prompt for row in heldout))[-config.eval_prompts :]
     if not prompts:
         raise UserError("ppo: 'eval_every' needs held-out prompts; raise heldout_fraction or set eval_every 0")
     settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})

@@ -211,6 +211,6 @@ def check_accuracy(directory: str | Path, bar: float | None) -> None:
     if accuracy is not None and accuracy < bar:
         raise UserError(
             f"the reward model {directory} orders {accuracy:.1%} of {results['eval_pairs']} held-out pairs as labelled, below "
-            f"min_reward_accuracy {bar:g}: PPO would follow a poor guide; give it more or cleaner pairs, or pass "
-            "--min_reward_accuracy none"
+            f"min_reward_accuracy {bar:g}: PPO would follow a poor guide; give it more or cleaner pairs, or set "
+            "min_reward_accuracy to none"
         )

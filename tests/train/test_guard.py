@@ -119,6 +119,17 @@ def test_it_stops_keeps_the_best_and_says_so(files, tmp_path, capsys):
     assert "over-optimisation" in capsys.readouterr().err
 
 
+def test_what_was_seen_is_written_down_and_taken_up_again(files, tmp_path):
+    out = run(files, tmp_path / "ppo", count_a, total_episodes=4 * 32)
+    looks = [json.loads(line) for line in (out / "looks.jsonl").read_text().splitlines()]
+    assert [look["update"] for look in looks] == [0, 1, 2, 3, 4] and len(looks[0]["start"]) == len(looks[0]["scores"])
+    for look, line in zip(looks[1:], tiny.read_log(out), strict=True):
+        assert look["eval/judge"] == line["eval/judge"] == pytest.approx(sum(look["scores"]) / len(look["scores"]))
+    again = Guard(None, None, [], [], None, out)
+    again.begin(3)
+    assert again.history == looks[:4] and len((out / "looks.jsonl").read_text().splitlines()) == 4
+
+
 def test_it_only_warns_where_that_is_asked(files, tmp_path, capsys):
     out = run(files, tmp_path / "ppo", against_a, guard="warn", total_episodes=8 * 32)
     assert len(tiny.read_log(out)) == 8 and capsys.readouterr().err.count("over-optimisation") >= 2
