@@ -4,6 +4,7 @@
 #   make test      the test suite, with the CUDA kernels emulated on the CPU
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
 #   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
+#   make soak      stages killed KILLS times (default 1000), checkpoints damaged in CASES ways (2000): the same bits, or a clear error
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
 #   make hacking   reward hacking provoked on three seeds, and the guard that has to stop it; five CPU-minutes
 #   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
@@ -16,11 +17,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 N ?= 2000
+KILLS ?= 1000
+CASES ?= 2000
 # On machines without a GPU one architecture is enough to prove that the CUDA sources compile.
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test emulate fuzz bench hacking peers parity gpu machine-code lint clean install
+.PHONY: demo test emulate fuzz soak bench hacking peers parity gpu machine-code lint clean install
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -51,6 +54,10 @@ fuzz: install
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(N)
 	RLHF_FAST_BAD_CALLS=all RLHF_FAST_SLOW=1 $(PY) -m pytest tests/test_bad_calls.py tests/test_contract_table.py \
 	  -k "wrong_calls or more_tokens and not emulated"
+
+soak: install
+	$(PY) -m tests.train.kill --kills $(KILLS)
+	$(PY) -m tests.train.damage --cases $(CASES)
 
 bench: install
 	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet

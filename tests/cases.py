@@ -416,7 +416,9 @@ def variant(call: Call) -> str:
 def units_of(name: str, call: Call) -> float:
     """The allowed error of this call, in epsilons."""
     kind, units = variant(call), OPS[name].units
-    if kind == "whiten":  # rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened
+    if (
+        kind == "whiten"
+    ):  # rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened
         wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.kwargs.items()}
         advantages, _ = OPS[name].reference(*(v.double() for v in call.args), **wide | {"whiten": False})
         kept = advantages[call.kwargs["mask"] != 0] if call.kwargs.get("mask") is not None else advantages.flatten()

@@ -315,7 +315,7 @@ def check_ppo(
     full_logits: bool = False,
 ) -> None:
     """Sample a few replies and look at them with every model as PPO will. UserError: the first fault found."""
-    scalars = {"value model": models.value}
+    scalars = {} if models.value is None else {"value model": models.value}
     if isinstance(models.reward, nn.Module) and hasattr(models.reward, "score"):
         scalars["reward model"] = models.reward
     policies = {"policy": models.policy, "reference": models.reference}

@@ -18,6 +18,7 @@ import torch
 
 from rlhf_fast import kl_penalty
 from rlhf_fast.train.checkpoint import save_model
+from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import Judge, PairJudge, verdicts, win_rate
 from rlhf_fast.train.generate import Sample
 from rlhf_fast.train.model import load_policy
@@ -63,6 +64,10 @@ class Guard:
         lines = path.read_text(encoding="utf-8").splitlines() if done and path.is_file() else []
         self.history[:] = [look for look in map(json.loads, lines) if look["update"] <= done]
         path.write_text("".join(json.dumps(look) + "\n" for look in self.history), encoding="utf-8")
+        if done and not self.history:
+            raise UserError(
+                f"{path} is missing, so the policy cannot be compared with its start; begin in a new output_dir"
+            )
         if not self.history:
             self.look(0)
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from rlhf_fast.train import loop, ppo, reward, rollout, sft
+from rlhf_fast.train import dpo, loop, ppo, reward, rollout, sft
 from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.finite import check_finite, keeping
 from rlhf_fast.train.model import load_policy, reward_from_policy
@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 
 def run_stage(stage, files, out, **changes):
-    config = {"sft": sft.SFTConfig, "reward": reward.RewardConfig, "ppo": ppo.PPOConfig}[stage]
+    configs = {"sft": sft.SFTConfig, "reward": reward.RewardConfig, "dpo": dpo.DPOConfig, "ppo": ppo.PPOConfig}
     chosen = {"model": str(files / "base"), "data": str(files / "pairs.jsonl"), "output_dir": str(out)}
     chosen |= {"heldout_fraction": 0.2, "batch_size": 8, "checks": False}
     if stage == "ppo":
@@ -36,8 +36,8 @@ def run_stage(stage, files, out, **changes):
         chosen |= {"missing_eos": "none"}
     else:
         chosen |= {"max_response_tokens": 16}
-    train = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}[stage]
-    return train(config(**(chosen | changes)))
+    train = {"sft": sft.train, "reward": reward.train, "dpo": dpo.train, "ppo": ppo.train}[stage]
+    return train(configs[stage](**(chosen | changes)))
 
 
 def stopped(stage, files, out, words, **changes):
@@ -208,7 +208,7 @@ def test_a_gradient_while_the_loss_is_finite(files, tmp_path, monkeypatch):
 
 
 def test_steps_that_are_too_large_end_in_the_same_way(files, tmp_path):
-    for stage in ("sft", "reward", "ppo"):
+    for stage in ("sft", "reward", "dpo", "ppo"):
         message, _, _ = stopped(
             stage, files, tmp_path / stage, rf"{stage} (step|update) \d+: the ", learning_rate=1e30, max_grad_norm=0.0
         )
