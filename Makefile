@@ -8,7 +8,8 @@
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
 #   make hacking   reward hacking provoked on three seeds, and the guard that has to stop it; five CPU-minutes
 #   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
-#   make parity    every function that rlhf_fast.patch replaces beside the library's own, each library in an environment under build/peers
+#   make parity    every function that rlhf_fast.patch replaces beside the library's own, each library in an environment under build/peers;
+#                  NEMO_RL=CHECKOUT adds NeMo-RL
 #   make gpu       on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks; nine minutes
 #   make machine-code   registers, spills, occupancy and 16-byte loads of every CUDA kernel and architecture; needs nvcc, no GPU
 #   make lint      ruff
@@ -69,6 +70,8 @@ hacking: install
 build/peers/%/installed: bench/peers/%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q -r $<
+	if [ -e $(<:.txt=.no-deps.txt) ]; then $(@D)/bin/python -m pip install -q --no-deps --no-build-isolation -r $(<:.txt=.no-deps.txt); fi
+	if [ $* = nemo-rl ]; then $(@D)/bin/python -m pip install -q --no-deps --ignore-requires-python -e $(NEMO_RL); fi
 	touch $@
 
 peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
@@ -76,9 +79,10 @@ peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
 	$(PY) -m bench.linear_peers
 	$(PY) -m bench.swap_in_trl
 
-# The environments that tests/adapters/parity.py knows.
-parity: install $(patsubst %,build/peers/%/installed,trl-1.12 trl-1.16 trl-1.16-triton)
-	$(PY) -m tests.adapters.parity
+# The environments that tests/adapters/parity.py knows. NEMO_RL is a checkout of NeMo-RL, which is on no index.
+PARITY := trl-1.12 trl-1.16 trl-1.16-triton verl-0.9 openrlhf-0.11 $(if $(NEMO_RL),nemo-rl)
+parity: install $(PARITY:%=build/peers/%/installed)
+	$(PY) -m tests.adapters.parity $(PARITY)
 
 gpu: install
 	$(PY) -m bench.gpu

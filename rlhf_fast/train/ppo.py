@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
+from rlhf_fast import kl_penalty, ppo_value_loss
 from rlhf_fast.train import checks, group, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -34,7 +34,7 @@ from rlhf_fast.train.finite import blaming, check_finite, keeping
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.guard import Guard, Settings
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
-from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.resume import State, claim
 from rlhf_fast.train.rewards import SPEC, check_accuracy, make_reward, terms_of
@@ -405,38 +405,38 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
-        logprobs, entropy = response_logprobs(
-            models.policy,
-            ids,
-            mask,
-            length,
-            temperature=config.temperature,
-            response_mask=response_mask,
-            with_entropy=True,
-            full_logits=config.full_logits,
-        )
         old, advantages, ratios = scored.logprobs[place], batch.advantages[place], window.tokens / tokens
+        options = {"temperature": config.temperature, "full_logits": config.full_logits}
         if config.advantage == "rloo":
             ratios = len(window.rows) / len(rows)
+            options |= {"response_mask": response_mask, "with_entropy": True}
+            logprobs, entropies = response_logprobs(models.policy, ids, mask, length, **options)
             policy_loss, policy_stats = group.reply_loss(
                 logprobs, old, advantages, clip=config.cliprange, replies=len(rows)
             )
+            entropy = entropies.sum() / tokens
+            loss = policy_loss - config.entropy_coef * entropy if config.entropy_coef else policy_loss
+            policy_stats |= {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
         else:
-            policy_loss, policy_stats = ppo_policy_loss(
-                logprobs,
+            options |= {"clip_low": config.cliprange, "clip_high": config.cliprange, "normalizer": tokens}
+            if config.advantage == "grpo":
+                options |= group.kl_options(scored.ref_logprobs[place], batch.kl_coef)
+            loss, policy_stats = response_ppo_loss(
+                models.policy,
+                ids,
+                mask,
+                length,
                 old,
                 advantages,
                 response_mask,
-                clip_low=config.cliprange,
-                clip_high=config.cliprange,
-                normalizer=tokens,
+                entropy_coef=config.entropy_coef,
+                **options,
             )
-        mean_entropy = entropy.sum() / tokens
-        total = policy_loss - config.entropy_coef * mean_entropy if config.entropy_coef else policy_loss
+        loss.backward()
         shift = policy_stats["ratio_mean"] - 1
         part = {
-            "loss/policy_avg": policy_loss.detach(),
-            "policy/entropy_avg": mean_entropy.detach(),
+            "loss/policy_avg": policy_stats["policy_loss"],
+            "policy/entropy_avg": policy_stats["entropy"],
             "policy/approxkl_avg": policy_stats["approx_kl"] * ratios,
             "policy/clipfrac_avg": policy_stats["clip_fraction"] * ratios,
             "val/ratio": policy_stats["ratio_mean"] * ratios,
@@ -444,10 +444,7 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
             "val/ratio_var": (policy_stats["ratio_var"] + shift**2) * ratios,
         }
         if config.advantage == "grpo":
-            kl = group.kl_loss(logprobs, scored.ref_logprobs[place], response_mask, tokens=tokens)
-            total = total + batch.kl_coef * kl
-            part["loss/kl_avg"] = kl.detach()
-        total.backward()
+            part["loss/kl_avg"] = policy_stats["kl"]
         if models.value is not None:
             value_loss, value_stats = ppo_value_loss(
                 token_values(models.value, ids, mask, length),

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo")
 SHARED = tuple(key.name for key in keys(loop.StageConfig))
 
 # The stages' own defaults are those published for pretrained models of a billion parameters. A small model that

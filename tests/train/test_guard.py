@@ -130,6 +130,25 @@ def test_what_was_seen_is_written_down_and_taken_up_again(files, tmp_path):
     assert again.history == looks[:4] and len((out / "looks.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_run_that_was_killed_sees_the_same(files, tmp_path, monkeypatch):
+    options = {"total_episodes": 5 * 32, "save_every": 0.0, "eval_every": 2}
+    whole = run(files, tmp_path / "whole", count_a, **options)
+    optimize, calls = ppo.optimize, []
+
+    def killed(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return optimize(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ppo, "optimize", killed)
+        run(files, tmp_path / "killed", count_a, **options)
+    again = run(files, tmp_path / "killed", count_a, **options)
+    for name in ("model.safetensors", "looks.jsonl", "best/model.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 def test_it_only_warns_where_that_is_asked(files, tmp_path, capsys):
     out = run(files, tmp_path / "ppo", against_a, guard="warn", total_episodes=8 * 32)
     assert len(tiny.read_log(out)) == 8 and capsys.readouterr().err.count("over-optimisation") >= 2
