@@ -6,6 +6,7 @@
 #   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
 #   make soak      stages killed KILLS times (default 1000), checkpoints damaged in CASES ways (2000): the same bits, or a clear error
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
+#   make hacking   reward hacking provoked on three seeds, and the guard that has to stop it; five CPU-minutes
 #   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
 #   make parity    every function that rlhf_fast.patch replaces beside the library's own, each library in an environment under build/peers;
 #                  NEMO_RL=CHECKOUT adds NeMo-RL
@@ -23,7 +24,7 @@ CASES ?= 2000
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test emulate fuzz soak bench peers parity gpu machine-code lint clean install
+.PHONY: demo test emulate fuzz soak bench hacking peers parity gpu machine-code lint clean install
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -62,6 +63,9 @@ soak: install
 bench: install
 	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet
 	$(PY) -m bench.report bench/results/last.json
+
+hacking: install
+	OMP_NUM_THREADS=1 $(PY) -m tests.hacking
 
 build/peers/%/installed: bench/peers/%.txt
 	$(PYTHON) -m venv $(@D)

@@ -40,6 +40,7 @@ def response_logprobs(
     mask: Tensor,
     response_length: int,
     *,
+    labels: Tensor | None = None,
     temperature: float = 1.0,
     response_mask: Tensor | None = None,
     with_entropy: bool = False,
@@ -49,10 +50,11 @@ def response_logprobs(
 
     ids int64 [B, S], mask bool [B, S], response_mask [B, T] (0 where it is 0) -> [B, T], with `with_entropy` also the
     entropy [B, T] of the distribution each token was drawn from. Logits are divided by `temperature` first. The last
-    token is not read. `full_logits` asks the model itself for its logits, of T positions, as a whole.
+    token is not read. `labels` [B, T] asks for other tokens at the same places. `full_logits` asks the model itself for its
+    logits, of T positions, as a whole.
     """
     options = {"temperature": temperature, "mask": response_mask, "with_entropy": with_entropy}
-    labels = ids[:, -response_length:]
+    labels = ids[:, -response_length:] if labels is None else labels
     if full_logits:
         logits = _logits(model, ids, mask, response_length)
         return gather_logprobs(logits, labels, inplace_backward=_output_of_linear(logits), **options)
