@@ -20,26 +20,28 @@ struct KlOptions {
   double log_ratio_clip, output_clip;  // infinity for none
 };
 
+template <class V>
 struct KlToken {
-  double value, slope;  // slope: d value / d logprob = - d value / d ref_logprob
+  V value, slope;  // slope: d value / d logprob = - d value / d ref_logprob
 };
 
-HOST_DEVICE KlToken kl_step(double logprob, double ref_logprob, const KlOptions& o) {
-  const double raw = logprob - ref_logprob;
-  const double d = clamp(raw, -o.log_ratio_clip, o.log_ratio_clip);
-  double value = d, slope = 1.0;
+template <class V>
+HOST_DEVICE KlToken<V> kl_step(V logprob, V ref_logprob, const KlOptions& o) {
+  const V raw = logprob - ref_logprob, one = all<V>(1.0);
+  const V d = clamp(raw, -o.log_ratio_clip, o.log_ratio_clip);
+  V value = d, slope = one;
   if (o.estimator == kK2) {
     value = 0.5 * d * d;
     slope = d;
   } else if (o.estimator == kK3) {
-    const double inverse_ratio = exp_any(-d);
+    const V inverse_ratio = exp_any(-d);
     value = inverse_ratio - 1.0 + d;
     slope = 1.0 - inverse_ratio;
   } else if (o.estimator == kAbs) {
     value = d < 0 ? -d : d;
-    slope = d < 0 ? -1.0 : d > 0 ? 1.0 : 0.0;
+    slope = d < 0 ? -one : d > 0 ? one : all<V>(0.0);
   }
-  slope *= clamp_slope(raw, -o.log_ratio_clip, o.log_ratio_clip) * clamp_slope(value, -o.output_clip, o.output_clip);
+  slope = slope * clamp_slope(raw, -o.log_ratio_clip, o.log_ratio_clip) * clamp_slope(value, -o.output_clip, o.output_clip);
   return {clamp(value, -o.output_clip, o.output_clip), o.straight_through ? raw : slope};
 }
 
@@ -54,23 +56,27 @@ inline KlOptions kl_options(const char* op, int64_t estimator, bool straight_thr
 
 template <class A>
 struct KlForward {
+  static constexpr bool kSimd = true;
   const A *logprobs, *ref_logprobs;
   A* penalty;
   KlOptions options;
-  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
-    const double value = weight * kl_step(logprobs[i], ref_logprobs[i], options).value;
-    penalty[i] = static_cast<A>(weight == 0 ? 0.0 : value);
+  template <class V, class At>
+  HOST_DEVICE void operator()(int64_t, At i, V weight) const {
+    const V value = weight * kl_step(load_at(logprobs, i), load_at(ref_logprobs, i), options).value;
+    store_at(penalty, i, weight != 0 ? value : all<V>(0.0));
   }
 };
 
 template <class A>
 struct KlBackward {
+  static constexpr bool kSimd = true;
   const A *grad, *logprobs, *ref_logprobs;
   A* grad_logprobs;
   KlOptions options;
-  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
-    const double slope = weight * grad[i] * kl_step(logprobs[i], ref_logprobs[i], options).slope;
-    grad_logprobs[i] = static_cast<A>(weight == 0 ? 0.0 : slope);
+  template <class V, class At>
+  HOST_DEVICE void operator()(int64_t, At i, V weight) const {
+    const V slope = weight * load_at(grad, i) * kl_step(load_at(logprobs, i), load_at(ref_logprobs, i), options).slope;
+    store_at(grad_logprobs, i, weight != 0 ? slope : all<V>(0.0));
   }
 };
 
@@ -139,27 +145,36 @@ struct LastTokenFinish {
 
 template <class A>
 struct ShapeForward {
+  static constexpr bool kSimd = true;
   const A *scores, *logprobs, *ref_logprobs;
   const int64_t* last;  // [rows]
   A* rewards;
   ShapeOptions options;
-  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
-    const double penalty = weight == 0 ? 0.0 : options.kl_coef * weight * kl_step(logprobs[i], ref_logprobs[i], options.kl).value;
-    const double score = clamp(scores[row], -options.score_clip, options.score_clip);
-    rewards[i] = static_cast<A>((i == last[row] ? score : 0.0) - penalty);
+  template <class V, class At>
+  HOST_DEVICE void operator()(int64_t row, At i, V weight) const {
+    const V zero = all<V>(0.0);
+    const V penalty = options.kl_coef * weight * kl_step(load_at(logprobs, i), load_at(ref_logprobs, i), options.kl).value;
+    const V score = all<V>(clamp(static_cast<double>(scores[row]), -options.score_clip, options.score_clip));
+    const V place = index_at(i), end = all<V>(static_cast<double>(last[row]));
+    store_at(rewards, i, (place == end ? score : zero) - (weight != 0 ? penalty : zero));
   }
 };
 
 template <class A>
 struct ShapeBackward {
+  static constexpr bool kSimd = true;
   const A *grad, *scores, *logprobs, *ref_logprobs;
   const int64_t* last;
   A *grad_scores, *grad_logprobs;  // grad_scores starts at zero
   ShapeOptions options;
-  HOST_DEVICE void operator()(int64_t row, int64_t i, double weight) const {
-    const double slope = -options.kl_coef * weight * grad[i] * kl_step(logprobs[i], ref_logprobs[i], options.kl).slope;
-    grad_logprobs[i] = static_cast<A>(weight == 0 ? 0.0 : slope);
-    if (i == last[row]) grad_scores[row] = static_cast<A>(grad[i] * clamp_slope(scores[row], -options.score_clip, options.score_clip));
+  template <class V, class At>
+  HOST_DEVICE void operator()(int64_t row, At i, V weight) const {
+    const V slope = -options.kl_coef * weight * load_at(grad, i) * kl_step(load_at(logprobs, i), load_at(ref_logprobs, i), options.kl).slope;
+    store_at(grad_logprobs, i, weight != 0 ? slope : all<V>(0.0));
+    if (is_at(i, last[row])) {
+      const double through = clamp_slope(static_cast<double>(scores[row]), -options.score_clip, options.score_clip);
+      grad_scores[row] = static_cast<A>(grad[last[row]] * through);
+    }
   }
 };
 

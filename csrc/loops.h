@@ -182,18 +182,33 @@ CPU_CLONES inline void weights_of(const Mask& mask, int64_t first, int64_t n, do
   }
 }
 
+// Whether a loop's body, or the terms of a sum, can be had of eight tokens at once: kSimd.
+template <class R, class = void> constexpr bool is_simd = false;
+template <class R> constexpr bool is_simd<R, std::void_t<decltype(R::kSimd)>> = R::kSimd;
+
 template <class F>
 CPU_CLONES void for_range(const F& shared, const Mask& mask, const Piece& piece) {
   const auto& f = in_row(shared, piece.row, 0);
-  if (mask.kind == Mask::kNone) {
+  const int64_t n = piece.end - piece.begin;
+  if constexpr (is_simd<F>) {
+    double weights[kChunk + kTokens];
+    weights_of(mask, piece.begin, n, weights);
+    for (int l = 0; l < kTokens; ++l) weights[n + l] = 0;
+    auto at = [&](int64_t j, int count) ALWAYS_INLINE {
+      f(piece.row, Run{piece.begin + j, count}, load_at(weights + j, Run{0, kTokens}));
+    };
+    int64_t j = 0;
+    for (; j + kTokens <= n; j += kTokens) at(j, kTokens);
+    if (j < n) at(j, static_cast<int>(n - j));
+  } else if (mask.kind == Mask::kNone) {
 #pragma omp simd
     for (int64_t i = piece.begin; i < piece.end; ++i) f(piece.row, i, 1.0);
-    return;
-  }
-  double weights[kChunk];
-  weights_of(mask, piece.begin, piece.end - piece.begin, weights);
+  } else {
+    double weights[kChunk];
+    weights_of(mask, piece.begin, n, weights);
 #pragma omp simd
-  for (int64_t i = piece.begin; i < piece.end; ++i) f(piece.row, i, weights[i - piece.begin]);
+    for (int64_t i = 0; i < n; ++i) f(piece.row, piece.begin + i, weights[i]);
+  }
 }
 
 // body(number, piece) for every piece of every row.
@@ -207,10 +222,6 @@ template <class F>
 void for_each(const Tensor&, const Rows& rows, const Mask& mask, const F& f) {
   for_pieces(rows, [&](int64_t, const Piece& piece) { for_range(f, mask, piece); });
 }
-
-// Whether R's terms can be had of eight tokens at once: R::kSimd.
-template <class R, class = void> constexpr bool is_simd = false;
-template <class R> constexpr bool is_simd<R, std::void_t<decltype(R::kSimd)>> = R::kSimd;
 
 // A function of its own: an array declared in the body of a loop is not kept in registers.
 template <class R>

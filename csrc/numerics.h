@@ -52,6 +52,7 @@ template <class A>
 HOST_DEVICE void store_at(A* x, int64_t at, double value) { x[at] = static_cast<A>(value); }
 
 HOST_DEVICE double index_at(int64_t at) { return static_cast<double>(at); }
+HOST_DEVICE bool is_at(int64_t at, int64_t index) { return index == at; }  // whether `at` has it
 
 #if !defined(RLHF_DEVICE_CODE)
 
@@ -75,6 +76,7 @@ HOST_DEVICE void store_at(A* x, Run at, Lanes<double> value) {
   const auto narrow = __builtin_convertvector(value, typename HalfLanes<A>::type);
   memcpy(x + at.first, &narrow, at.count == kTokens ? sizeof(narrow) : at.count * sizeof(A));
 }
+HOST_DEVICE bool is_at(Run at, int64_t index) { return index >= at.first && index < at.first + at.count; }
 HOST_DEVICE Lanes<double> index_at(Run at) { return static_cast<double>(at.first) + Lanes<double>{0, 1, 2, 3, 4, 5, 6, 7}; }
 
 #endif

@@ -127,8 +127,8 @@ struct TokenInputs {
   const double *old_logprobs, *advantages, *ref_logprobs;  // a value a token; the last may be null
   ObjectiveOptions options;
 
-  HOST_DEVICE KlToken kl(int64_t i, double logprob) const {
-    return ref_logprobs ? kl_step(logprob, ref_logprobs[i], options.kl) : KlToken{0, 0};
+  HOST_DEVICE KlToken<double> kl(int64_t i, double logprob) const {
+    return ref_logprobs ? kl_step(logprob, static_cast<double>(ref_logprobs[i]), options.kl) : KlToken<double>{0, 0};
   }
   // d loss / d logprob of a token of weight 1.
   HOST_DEVICE double by_logprob(int64_t i, double logprob, double by_policy) const {
