@@ -39,6 +39,9 @@ WIDE = {
     "kl_divergence_kernel": 2,
     "kl_divergence_backward_kernel": 2,
     "gae_kernel": 2,
+    "ppo_loss_rows_kernel": 1,
+    "ppo_loss_held_rows_kernel": 1,
+    "ppo_scale_gradient_kernel": 1,
 }
 BYTES = {"double": 8, "float": 4, "Half": 2, "BFloat16": 2}
 

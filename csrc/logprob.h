@@ -20,6 +20,7 @@
 #pragma once
 
 #include "loops.h"
+#include "on_chip.h"
 
 namespace rlhf_fast::RLHF_UNIT {
 
@@ -271,6 +272,11 @@ inline OptionalTensor dense_temperature(const char* op, const OptionalTensor& te
   return dense(*temperature);
 }
 
+inline OptionalTensor dense_temperature(const char* op, const OptionalTensor& temperature, const Tensor& labels, ScalarType type) {
+  if (temperature.has_value()) check_like(op, "temperature", *temperature, "labels", labels);
+  return dense_temperature(op, temperature, type);
+}
+
 inline void check_label_type(const char* op, const Tensor& labels) {
   CHECK_TYPE(labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, op,
              ": `labels` must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
@@ -298,8 +304,7 @@ inline LogprobCall logprob_call(const char* op, const Tensor& logits_, const Ten
   call.rows.start = slice.start;
   call.rows.whole = slice.whole;
 
-  if (temperature.has_value()) check_like(op, "temperature", *temperature, "labels", labels);
-  call.temperature = dense_temperature(op, temperature, accumulate_type(call.logits));
+  call.temperature = dense_temperature(op, temperature, labels, accumulate_type(call.logits));
   call.mask = contiguous_mask(op, mask, "labels", labels);
   call.options = {call.temperature.has_value() ? call.temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
                   ignore_index, mask_view(op, call.mask)};
@@ -321,7 +326,8 @@ inline LogprobOutputs logprob_outputs(const LogprobCall& call, bool with_entropy
 }
 
 // Where the gradient goes: a new contiguous tensor, or over the logits. `rows` describes the target.
-inline Tensor gradient_target(const char* op, const LogprobCall& call, const Tensor& logits, bool inplace, LogitRows& rows) {
+inline Tensor gradient_target(const char* op, const LogprobCall& call, const Tensor& logits, bool inplace, LogitRows& rows,
+                              const char* argument = "inplace_backward") {
   rows = call.rows;
   if (!inplace) {
     Tensor target = empty(logits, logits.sizes());
@@ -333,8 +339,8 @@ inline Tensor gradient_target(const char* op, const LogprobCall& call, const Ten
   const bool apart = one_row || (rows.inner_stride >= rows.vocab && (rows.rows <= rows.inner || rows.outer_stride >= rows.inner_stride * rows.inner)) ||
                      (rows.outer_stride >= rows.vocab && rows.inner_stride >= rows.outer_stride * (rows.rows / rows.inner)) ;
   CHECK_VALUE(rows.vocab <= 1 || logits.stride(logits.dim() - 1) == 1, op,
-              ": `inplace_backward` needs logits whose last stride is 1, got ", logits.stride(logits.dim() - 1));
-  CHECK_VALUE(apart, op, ": `inplace_backward` needs rows that do not share memory; these `logits` are expanded or overlap");
+              ": `", argument, "` needs logits whose last stride is 1, got ", logits.stride(logits.dim() - 1));
+  CHECK_VALUE(apart, op, ": `", argument, "` needs rows that do not share memory; these `logits` are expanded or overlap");
   return logits;
 }
 
@@ -708,7 +714,6 @@ HOST_DEVICE void merge(RowTotals& into, const RowTotals& other) {
 }
 
 constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
-constexpr int64_t kWarpRowVocab = 2048;  // rows up to here are read by one warp
 constexpr int kRowThreads = 256;
 // Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; for double 128, 96 in the one-warp form.
 template <int kThreads, bool kCapped, class T>
@@ -717,25 +722,33 @@ template <bool kCapped, class T>
 constexpr int kInFlight = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs a thread
 constexpr int kPiecePacks = 16 * kRowThreads;  // of the backward, at most: enough work to pay for a block's start
 
-// The sums of one row, read by a warp (kThreads == 32) or a whole block; to thread 0 of it.
-template <int kThreads, bool kCapped, bool kEntropy, class T>
-__device__ SoftmaxSums read_row(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map) {
+// The sums of what a reader reads, by a warp (kThreads == 32) or a whole block; to thread 0 of it. keep(pack, granule): each pack,
+// to the thread that has read it.
+template <int kThreads, bool kCapped, bool kEntropy, class T, bool kAgain, class Keep>
+__device__ SoftmaxSums read_packs(const RowReader<T, kAgain>& reader, const LogitMap<accumulate_t<T>>& map, const Keep& keep) {
   using A = accumulate_t<T>;
   constexpr int kUnroll = kInFlight<kCapped, T>;
   const A slope = kCapped ? A(1) : map.slope, scale = slope * static_cast<A>(kLog2E);
   const T fill = static_cast<T>(-std::numeric_limits<float>::infinity());
-  const RowReader<T> reader(x, vocab);
-  const int packs_in_row = static_cast<int>((vocab + kPack<T> - 1) / kPack<T>);
+  const int count = reader.packs();
   ThreadSums<A> mine;
-  for (int pack = threadIdx.x % kThreads; pack < packs_in_row; pack += kThreads * kUnroll) {
+  for (int pack = threadIdx.x % kThreads; pack < count; pack += kThreads * kUnroll) {
     Granule packs[kUnroll];
     reader.load(pack, kThreads, fill, packs);
+    UNROLL
+    for (int u = 0; u < kUnroll; ++u)
+      if (pack + u * kThreads < count) keep(pack + u * kThreads, packs[u]);
     mine.template add<T, kCapped, kEntropy>(packs, map, scale, [&](int u) { return reader.inside(pack + u * kThreads); });
   }
   const A max = block_max<kThreads>(mine.max);
   mine.rescale(max, scale);
   const RowTotals total = block_merge<kThreads>(RowTotals{static_cast<double>(mine.sum), static_cast<double>(mine.dot) * slope});
   return {total.sum == 0 ? kMinusInfinity : static_cast<double>(max), total.sum, total.dot};
+}
+
+template <int kThreads, bool kCapped, bool kEntropy, bool kAgain = false, class T>
+__device__ SoftmaxSums read_row(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map) {
+  return read_packs<kThreads, kCapped, kEntropy>(RowReader<T, kAgain>(x, vocab), map, [](int, const Granule&) {});
 }
 
 // One row by kThreads threads: a warp (several rows a block) or a whole block.
@@ -827,10 +840,10 @@ struct TargetRow {
     for (int p = pack; p < end; p += kThreads) store(p, [](int) { return A(0); });
   }
 
-  template <int kUnroll, class Gradient>
+  template <int kUnroll, class Gradient, bool kAgain = false>
   __device__ void write(const T* x, int64_t place, const Gradient& gradient, A a) const {
     if (has_edge) dx[edge] = narrow<T>(gradient(static_cast<A>(x[edge]), edge == place ? a : A(0)));
-    const RowReader<T> reader(x, tail, head);
+    const RowReader<T, kAgain> reader(x, tail, head);
     for (int p = pack; p < end; p += kThreads * kUnroll) {
       Granule packs[kUnroll];
       reader.load(p, kThreads, static_cast<T>(0.0f), packs);
@@ -1032,8 +1045,7 @@ inline std::tuple<Tensor, Tensor, Tensor> logprob_slices_combine(Tensor partials
   CHECK_VALUE(partials.dim() == 3 && partials.size(1) == rows && partials.size(2) == 4 && partials.scalar_type() == ScalarType::Double, op,
               ": `partials` must be [slices, ", rows, ", 4] in float64, got shape ", shape_of(partials));
   check_label_type(op, labels);
-  if (temperature_.has_value()) check_like(op, "temperature", *temperature_, "labels", labels);
-  const OptionalTensor temperature = dense_temperature(op, temperature_, type);
+  const OptionalTensor temperature = dense_temperature(op, temperature_, labels, type);
   const OptionalTensor mask = contiguous_mask(op, mask_, "labels", labels);
   const LogprobOptions options{temperature.has_value() ? temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
                                ignore_index, mask_view(op, mask)};

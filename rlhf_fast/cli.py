@@ -88,6 +88,18 @@ def ppo(command: Command, words: Sequence[str]) -> None:
     run_stage(command, PPOConfig, train, words)
 
 
+def evaluate(command: Command, words: Sequence[str]) -> None:
+    from rlhf_fast.train.checkpoint import read_json
+    from rlhf_fast.train.versus import RESULT, EvaluateConfig
+    from rlhf_fast.train.versus import evaluate as compare
+
+    path = compare(read_config(command, EvaluateConfig, words)) / RESULT
+    result = read_json(path)
+    share = {"value": result["win_rate"], "low": result["low"], "high": result["high"]}
+    print("\n".join(headline({"win_rate": share})))
+    print(f"judged by {result['judge']} on {result['pairs']} prompts: {path}")
+
+
 def dpo(command: Command, words: Sequence[str]) -> None:
     from rlhf_fast.train.dpo import DPOConfig, train
 
@@ -155,6 +167,13 @@ COMMANDS = {
             "--model DIR --data FILE --output_dir DIR [flags]",
             "rlhf-fast dpo --model out/sft --data pairs.jsonl --output_dir out/dpo",
             dpo,
+        ),
+        Command(
+            "evaluate",
+            "Compare two policies on held-out prompts by any judge, the second alone or as the best of n.",
+            "--before DIR --after DIR --data FILE --judge JUDGE --output_dir DIR [flags]",
+            "rlhf-fast evaluate --before out/sft --after out/ppo --data pairs.jsonl --judge words:count --output_dir out/judged",
+            evaluate,
         ),
         Command(
             "report",
@@ -229,7 +248,7 @@ def headline(numbers: dict[str, Any]) -> list[str]:
 
 def overview() -> str:
     """What `rlhf-fast --help` prints."""
-    commands = "\n".join(f"  {command.name:<8}{command.summary}" for command in COMMANDS.values())
+    commands = "\n".join(f"  {command.name:<10}{command.summary}" for command in COMMANDS.values())
     examples = "\n".join(f"  {command.example}" for command in COMMANDS.values() if command.name in ("demo", "run"))
     return (
         "usage: rlhf-fast COMMAND [flags]\n\n"

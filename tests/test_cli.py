@@ -224,7 +224,7 @@ num_heads: 2
 context_length: 64
 sft: {num_train_epochs: 1, max_response_tokens: 16}
 reward: {num_train_epochs: 1, max_response_tokens: 16, normalize_samples: 8}
-ppo: {total_episodes: 8, batch_size: 8, num_ppo_epochs: 1, response_length: 4}
+ppo: {total_episodes: 8, batch_size: 8, num_ppo_epochs: 1, response_length: 4, min_reward_accuracy: null}
 """
 
 

@@ -69,6 +69,7 @@ PPO = {
     "missing_eos": "subtract",
     "response_length": REPLY_TOKENS,
 }
+WATCHED = {"eval_every": 8, "eval_prompts": 128, "guard": "warn"}  # changes no weight
 GROUPED = {
     "grpo": {"advantage": "grpo", "kl_coef": 0.4, "num_ppo_epochs": 2},
     "rloo": {"advantage": "rloo"},
@@ -133,7 +134,7 @@ def settings(out: Path, config: DemoConfig) -> RunConfig:
 
     files = {"data": str(out / "demonstrations.jsonl"), "model": str(out / "base"), "output_dir": str(out)}
     given = {"seed": config.seed, "resume": config.resume, "algorithm": "dpo" if config.algorithm == "dpo" else "ppo"}
-    ppo = PPO | GROUPED.get(config.algorithm, {})
+    ppo = PPO | WATCHED | GROUPED.get(config.algorithm, {})
     return from_dict(RunConfig, files | SHARED | given | {"sft": SFT, "reward": REWARD, "ppo": ppo, "dpo": DPO})
 
 

@@ -82,7 +82,8 @@ class Kernel:
             self._overloads[_namespace] = found
             self._tensors = tuple(i for i, a in enumerate(found._schema.arguments) if "Tensor" in str(a.type))
             if _namespace == "rlhf_fast":
-                self._direct = _direct_call(self.name, found)
+                in_python = _implementations.get(self.name)
+                self._direct = in_python[1] if in_python else _direct_call(self.name, found)
         return found
 
     def _below(self, args):
@@ -124,9 +125,18 @@ class Kernel:
             raise
 
 
+_implementations: dict[str, tuple[str, Callable]] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
 _registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
 _public_names: dict[str, str] = {}
+
+
+def define(schema: str, implementation: Callable) -> None:
+    """An op of the library that is written in Python, around torch's products and other ops; `register` comes after it.
+
+    The implementation is called below autograd, on any device; its outputs may not share memory with its inputs.
+    """
+    _implementations[schema.partition("(")[0]] = schema, implementation
 
 
 def register(
@@ -135,21 +145,24 @@ def register(
     *,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    backward_eager: Callable | None = None,
     function: str | None = None,
 ) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable).
 
-    `function` is the public function that errors speak of, where its name is not the op's.
+    `backward_eager` takes the place of `backward` in eager calls: one that may write over what the forward pass made, of
+    which the public function gives nothing away. `function` is the public function that errors speak of, where its name is
+    not the op's.
     """
     _public_names[name] = function or name
     if backward is not None:
-        backward = _first_derivative_only(name, backward)
-        _functions[name] = _function(setup_context, backward)
+        _functions[name] = _function(setup_context, first_derivative_only(name, backward_eager or backward))
+        backward = first_derivative_only(name, backward)
     _registrations[name] = (fake, setup_context, backward)
     _register_in("rlhf_fast", name)
 
 
-def _first_derivative_only(name: str, formula: Callable) -> Callable:
+def first_derivative_only(name: str, formula: Callable) -> Callable:
     """The formula, its results refusing to be differentiated.
 
     torch's once_differentiable refuses only where the upstream gradient requires grad. A gradient penalty has a constant one:
@@ -204,6 +217,10 @@ def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd
 
 def _register_in(library: str, name: str) -> None:
     fake, setup_context, backward = _registrations[name]
+    if name in _implementations:
+        schema, implementation = _implementations[name]
+        torch.library.define(f"{library}::{name}", schema.removeprefix(name))
+        torch.library.impl(f"{library}::{name}", "default", implementation)
     torch.library.register_fake(f"{library}::{name}", _on_one_device(library, name, fake))
     if backward is not None:
         torch.library.register_autograd(f"{library}::{name}", backward, setup_context=setup_context)
@@ -355,6 +372,14 @@ def constants(op: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: `{name}` must be floating point or integer, got {value.dtype}")
     return value.to(dtype)
+
+
+def real_constants(op: str, **tensors: Any) -> list[Tensor]:
+    """The named floating-point tensors that no gradient flows to, in float64 (exactly)."""
+    for name, value in tensors.items():
+        if not need_tensor(op, name, value).is_floating_point():
+            raise TypeError(f"{op}: `{name}` must be floating point, got {value.dtype}")
+    return [constants(op, name, value, torch.float64) for name, value in tensors.items()]
 
 
 AGGREGATES = {

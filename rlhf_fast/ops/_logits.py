@@ -63,6 +63,8 @@ def formula(backward: Callable, backward_inplace: Callable, inputs: int, functio
         if ctx.inplace and not torch.compiler.is_compiling():
             logits_grad = logits.detach()
             backward_inplace(*gradients, logits_grad, *rest, *ctx.options)
+            # An operation that saved the logits now refuses to go on.
+            torch.autograd.graph.increment_version(logits_grad)
             ctx.overwritten = True
             return (logits_grad, *nothing[1:])
         return (backward(*gradients, logits, *rest, *ctx.options), *nothing[1:])

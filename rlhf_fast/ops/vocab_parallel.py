@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast.ops import _logits
-from rlhf_fast.ops._common import _first_derivative_only, flag, integer, need_tensor, optional_mask
+from rlhf_fast.ops._common import first_derivative_only, flag, integer, need_tensor, optional_mask
 from rlhf_fast.ops._slices import SliceKernels
 
 _kernels = SliceKernels("vocab_parallel_logprobs")
@@ -129,7 +129,7 @@ class _VocabParallel(torch.autograd.Function):
         return logprobs, entropy, stats
 
     backward = staticmethod(
-        _first_derivative_only(
+        first_derivative_only(
             "vocab_parallel_logprobs",
             _logits.formula(_kernels.backward, _kernels.backward_inplace, 13, "vocab_parallel_logprobs"),
         )

@@ -39,11 +39,13 @@ def option(
     above: float | None = None,
     source: str | None = None,
     group: str | None = None,
+    several: bool = False,
 ) -> Any:
     """A key with a default.
 
     choices: the only values allowed; minimum, maximum: inclusive bounds; above: exclusive lower bound;
-    source: where the default was taken from; group: heading in `--help`, until a later key names another.
+    source: where the default was taken from; group: heading in `--help`, until a later key names another;
+    several: a YAML list is read as its items with commas between them.
     """
     return dataclasses.field(
         default=default,
@@ -56,6 +58,7 @@ def option(
             "above": above,
             "source": source,
             "group": group,
+            "several": several,
         },
     )
 
@@ -227,6 +230,8 @@ def _check_names(cls: type, mapping: Any, where: str, filled: tuple[str, ...]) -
 
 def _convert(value: Any, key: Key) -> Any:
     """Lossless conversions only; whatever stays wrong is named by `validate`."""
+    if key.info.get("several") and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
     if key.type is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4 (no dot) as text.
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dpo_loss
-from rlhf_fast.train import loop
+from rlhf_fast.train import checks, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, read_preferences, split_heldout
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.finite import blaming, keeping, padded
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head
@@ -104,8 +106,6 @@ def train(config: DPOConfig) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
-    if not config.full_logits:
-        logit_head(model)  # a model without one is refused here
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -118,6 +118,17 @@ def train(config: DPOConfig) -> Path:
     data = DataSummary(config.data, rows_read, len(rows), len(pairs), len(heldout), bad_rows, *cut)
 
     pad_id = tokenizer.pad_token_id
+    recorded = data.as_dict() | checks.prompt_form([row.prompt for row in sides[0]])
+    if config.checks:
+        checks.check_prompts_fit(encoder.truncated_prompts, len(rows), encoder.max_prompt_tokens)
+        sequences = [(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
+        checks.check_pairs_differ(sequences, config.max_response_tokens)
+        checks.check_same_form(config.model, [row.prompt for row in sides[0]])
+        checks.check_weights({"model": model})
+        probes = [chosen for chosen, _ in sequences[: checks.PROBES]]
+        checks.check_reading("model", model, probes, pad_id=pad_id, full_logits=config.full_logits)
+    if not config.full_logits:
+        logit_head(model)  # a model without one is refused here
     loop.say(f"dpo: the reference reads {len(rows):,} pairs")
     reference, heldout_reference = (logprobs_of(model, side, pad_id, config) for side in (pairs, heldout))
     lengths = [len(pair) for pair in pairs]
@@ -129,19 +140,28 @@ def train(config: DPOConfig) -> Path:
     means, so_far = loop.Means(), SimpleNamespace(tokens=0)
     inputs = {"training rows": pairs, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, so_far, inputs, means)
-    with Stage("dpo", config, out, total_steps, model.num_parameters(), device, data.as_dict(), state) as stage:
+
+    def alone(row: int) -> dict[str, Tensor]:
+        return accumulate_gradient(model, pairs, reference, [[row]], pad_id, config)
+
+    with Stage("dpo", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
             parts = loop.micro_batches(rows, lengths, config.micro_batch_size)
-            stats = accumulate_gradient(model, pairs, reference, parts, pad_id, config)
-            norms = loop.clip_and_step(
-                optimizer,
-                {"model": model},
-                {"loss": stats["loss"]},
-                rate=rate,
-                max_grad_norm=config.max_grad_norm,
-                where=f"dpo step {step}",
-            )
+            where = f"dpo step {step}"
+            with (
+                keeping(out, where, [sides[0][row].prompt for row in rows], config),
+                blaming({"model": model}, dict(enumerate(rows)), alone, partial(tensors_of, pairs, rows, pad_id)),
+            ):
+                stats = accumulate_gradient(model, pairs, reference, parts, pad_id, config)
+                norms = loop.clip_and_step(
+                    optimizer,
+                    {"model": model},
+                    {"loss": stats["loss"]},
+                    rate=rate,
+                    max_grad_norm=config.max_grad_norm,
+                    where=where,
+                )
             means.add(stats | {"grad_norm": norms["model"]})
             so_far.tokens += sum(len(side.ids) for row in rows for side in pairs[row].both)
             last_of_epoch = step % steps_per_epoch == 0
@@ -167,6 +187,12 @@ def check(config: DPOConfig) -> None:
             f"dpo: 'label_smoothing' must be 0 with loss_type {config.loss_type}, got {config.label_smoothing}; "
             f"only {' and '.join(SMOOTHED)} take one"
         )
+
+
+def tensors_of(pairs: Sequence[Pair], rows: Sequence[int], pad_id: int) -> dict[str, Tensor]:
+    """The token ids of a batch, a pair a row."""
+    sides = {side: padded([getattr(pairs[row], side).ids for row in rows], pad_id) for side in ("chosen", "rejected")}
+    return {f"{side}_{name}": x for side, tensors in sides.items() for name, x in tensors.items()}
 
 
 def encode_pair(encoder: loop.Encoder, row: Preference) -> Pair:

@@ -1,5 +1,10 @@
 """The one exception that means: the input is at fault, and here is what to do about it."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a path, a data row, a config key, a model directory.
@@ -10,3 +15,22 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+class NotFinite(UserError):
+    """A number that is NaN or infinite, found before it reached a weight.
+
+    row: which row of `tensors` [B, ...] holds it, where that is known; texts: its prompt and reply, where they are known.
+    `finite.keeping` writes them down.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        row: int | None = None,
+        tensors: Mapping[str, Any] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.row, self.tensors, self.texts = row, dict(tensors or {}), dict(texts or {})

@@ -9,7 +9,7 @@ overoptimization"), so the result always records whether the judge was that very
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from rlhf_fast.train.model import context_length, load_policy, load_scalar_model
 
 __all__ = [
     "Judge",
+    "PairJudge",
     "RewardJudge",
     "Sample",
     "WinRate",
@@ -43,6 +44,34 @@ class Judge(Protocol):
     name: str
 
     def __call__(self, samples: list[Sample]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class PairJudge:
+    """A judge that only says which of two replies is better: above 0 the first, below 0 the second, 0 neither.
+
+    compare: (prompts, first replies, second replies) -> one number for each prompt.
+    """
+
+    name: str
+    compare: Callable[[list[str], list[str], list[str]], Sequence[float]]
+
+    def verdicts(self, before: Sequence[Sample], after: Sequence[Sample]) -> list[float]:
+        """1, 0 or -1 for each prompt: is `after` better? Asked in both orders; who prefers a place rather than a reply ties."""
+        prompts, old, new = [s.prompt for s in before], [s.response for s in before], [s.response for s in after]
+        there, back = ([float(x) for x in self.compare(prompts, *pair)] for pair in ((new, old), (old, new)))
+        for given in (there, back):
+            if len(given) != len(prompts) or not all(math.isfinite(x) for x in given):
+                raise UserError(
+                    f"judge '{self.name}' must return one finite number for each of {len(prompts)} pairs; it returned "
+                    f"{len(given)}"
+                )
+        votes = [(_sign(a) - _sign(b)) / 2 if a != 0 and b != 0 else 0.0 for a, b in zip(there, back, strict=True)]
+        return [0.0 if x.response == y.response else vote for x, y, vote in zip(before, after, votes, strict=True)]
+
+
+def _sign(x: float) -> float:
+    return float(x > 0) - float(x < 0)
 
 
 @dataclass(frozen=True)
@@ -192,6 +221,16 @@ def _ask(judge: Judge, samples: list[Sample]) -> list[float]:
     return [known[sample] for sample in samples]
 
 
+def verdicts(
+    judge: Judge | PairJudge, before: Sequence[Sample], after: Sequence[Sample]
+) -> tuple[list[float], list[float]]:
+    """A number for each reply of two policies to the same prompts, of which the higher wins; of a judge of pairs the numbers
+    of `before` are 0."""
+    if isinstance(judge, PairJudge):
+        return [0.0] * len(before), judge.verdicts(before, after)
+    return _ask(judge, list(before)), _ask(judge, list(after))
+
+
 def judge_name(judge: Judge) -> str:
     return str(getattr(judge, "name", None) or getattr(judge, "__name__", None) or type(judge).__name__)
 
@@ -245,7 +284,10 @@ def _answer(
     batch_size: int,
     seed: int,
     device: str,
+    picks: Judge | None = None,
+    best_of: int = 1,
 ) -> _Replies:
+    """Replies to `prompts`; of `best_of` to each the one that `picks` likes best."""
     where = pick_device(device)
     model, tokenizer = load_policy(directory, device=where)
     encoder = Encoder(model, tokenizer, max_prompt_tokens=max_prompt_tokens, max_response_tokens=response_length)
@@ -255,7 +297,7 @@ def _answer(
         completions = generate(
             model,
             tokenizer,
-            encoded,
+            encoded * best_of,
             max_new_tokens=response_length,
             temperature=temperature,
             top_k=top_k,
@@ -264,17 +306,24 @@ def _answer(
         )
     texts = completions.texts(tokenizer)
     finished = completions.finished.tolist()
-    samples = [Sample(*row) for row in zip(prompts, texts, finished, strict=True)]
-    return _Replies(samples, completions.response_mask.sum(1).tolist())
+    samples = [Sample(*row) for row in zip([*prompts] * best_of, texts, finished, strict=True)]
+    lengths = completions.response_mask.sum(1).tolist()
+    if best_of > 1:
+        scores = _ask(picks, samples)
+        chosen = [max(range(i, len(samples), len(prompts)), key=scores.__getitem__) for i in range(len(prompts))]
+        samples, lengths = [samples[i] for i in chosen], [lengths[i] for i in chosen]
+    return _Replies(samples, lengths)
 
 
 def compare_policies(
     sft_dir: str | Path,
     ppo_dir: str | Path,
     prompts: Sequence[str],
-    judge: Judge | None,
+    judge: Judge | PairJudge | None,
     *,
     reward_dir: str | Path | None = None,
+    reward: Judge | None = None,
+    best_of: int = 1,
     preferences: Sequence[Preference] = (),
     kl: float | None = None,
     max_prompt_tokens: int = 512,
@@ -291,7 +340,9 @@ def compare_policies(
 
     judge: None means the reward model in `reward_dir`, which PPO optimised, or which learned from the same pairs as DPO: the
     result then says so.
-    reward_dir: also scores the replies and, with held-out `preferences`, measures its agreement with the judge.
+    reward_dir, or any other `reward`: also scores the replies and, with held-out `preferences`, measures its agreement with
+    the judge.
+    best_of: of so many replies of the second policy the one that the reward likes best is judged.
     kl: the sequence KL to the SFT model in nats, as PPO measured it last; copied into the result.
     samples: how many replies are kept as text, the first ones; besides them, up to 5 that lost the most.
 
@@ -300,8 +351,11 @@ def compare_policies(
     """
     if not prompts:
         raise UserError("no held-out prompt to compare the policies on; raise heldout_fraction or add data")
-    reward = reward_judge(reward_dir, device=device, batch_size=batch_size) if reward_dir is not None else None
+    if reward_dir is not None:
+        reward = reward_judge(reward_dir, device=device, batch_size=batch_size)
     judge = judge or reward
+    if best_of > 1 and (reward is None or isinstance(reward, PairJudge)):
+        raise UserError(f"the best of {best_of} replies is picked by a reward that scores them; give one")
     if judge is None:
         raise UserError("comparing two policies needs a judge or a reward model; neither was given")
 
@@ -315,8 +369,11 @@ def compare_policies(
         "seed": seed,
         "device": device,
     }
-    replies = {"before": _answer(sft_dir, prompts, **sampling), "after": _answer(ppo_dir, prompts, **sampling)}
-    scores = {side: _ask(judge, reply.samples) for side, reply in replies.items()}
+    replies = {
+        "before": _answer(sft_dir, prompts, **sampling),
+        "after": _answer(ppo_dir, prompts, **sampling, picks=reward, best_of=best_of),
+    }
+    scores = dict(zip(replies, verdicts(judge, *(reply.samples for reply in replies.values())), strict=True))
     rewards = (
         scores
         if reward is judge
@@ -333,7 +390,10 @@ def compare_policies(
         "kl": kl,
         "temperature": temperature,
         "seed": seed,
-        "reward_agreement": None if reward is None or judge is reward else reward_agreement(reward, judge, preferences),
+        "best_of": best_of,
+        "reward_agreement": reward_agreement(reward, judge, preferences)
+        if reward is not None and judge is not reward and not isinstance(judge, PairJudge)
+        else None,
     }
     for side, reply in replies.items():
         texts = [sample.response for sample in reply.samples]

@@ -4,7 +4,7 @@ the plain distribution: a repetition penalty in `generation_config.json` would m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.train.data import collate
+from rlhf_fast.train.errors import NotFinite
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,22 +56,30 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     batch_size: int,
+    watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Completions:
     """One reply to each of `prompts` (token ids, B of them), `batch_size` at a time.
 
     temperature 0 is greedy. top_k 0 and top_p 1 leave the distribution as it is. Draws from torch's global generator:
     same state, same prompts and same batch size give the same replies.
+    watch: is shown the ids so far and the logits of the next token, before the temperature, at each step.
+    NotFinite: a row of logits held NaN or infinity; what was drawn from it is thrown away.
     """
     query_ids, query_mask = (x.to(model.device) for x in collate(prompts, tokenizer.pad_token_id, side="left"))
     config = generation_config(tokenizer, max_new_tokens, temperature, top_k, top_p)
     own, model.generation_config = model.generation_config, config
+    broken = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     try:
-        parts = [
-            _generate(model, query_ids[start : start + batch_size], query_mask[start : start + batch_size])
-            for start in range(0, len(prompts), batch_size)
-        ]
+        parts = []
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            parts.append(_generate(model, query_ids[rows], query_mask[rows], _Watched(broken[rows], watch)))
     finally:
         model.generation_config = own
+    if broken.any():
+        row = int(broken.nonzero()[0])
+        tensors = {"query_ids": query_ids, "query_mask": query_mask}
+        raise NotFinite("the policy's logits are not finite", row=row, tensors=tensors)
     pad, longest = tokenizer.pad_token_id, max(part.shape[1] for part in parts)
     ids = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
     ends = ids == tokenizer.eos_token_id
@@ -96,8 +105,27 @@ def generation_config(
     )
 
 
-def _generate(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor) -> Tensor:
+class _Watched:
+    """Stands between a model and the sampler and marks the rows whose logits are not finite, without a wait for the device."""
+
+    def __init__(self, broken: Tensor, watch: Callable[[Tensor, Tensor], object] | None) -> None:
+        self._broken, self._watch = broken, watch  # broken: bool [b], written to
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        # The largest is NaN if one is NaN; -inf is a token that the model rules out.
+        broken = ~logits.amax(-1).isfinite()
+        self._broken |= broken
+        if self._watch is not None:
+            self._watch(ids, logits)
+        # The sampler refuses such rows, on a GPU by ending the process.
+        return logits.masked_fill_(broken[:, None], 0.0)
+
+
+def _generate(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, watched: _Watched) -> Tensor:
+    from transformers import LogitsProcessorList
+
+    processors = LogitsProcessorList([watched])
     with torch.inference_mode():
-        sequences = model.generate(query_ids, attention_mask=query_mask.long())
+        sequences = model.generate(query_ids, attention_mask=query_mask.long(), logits_processor=processors)
     # Tensors made in inference mode cannot take part in a later backward pass.
     return sequences[:, query_ids.shape[1] :].clone()

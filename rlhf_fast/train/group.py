@@ -11,10 +11,12 @@ term of the paper (use_bias_correction_kl off); RLOO's over replies.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rlhf_fast import group_advantages, kl_penalty, ppo_policy_loss, shape_rewards
+from rlhf_fast import group_advantages, ppo_policy_loss, shape_rewards
 from rlhf_fast.train.rollout import Advantaged, Scored
 
 STD_EPSILON = 1e-4
@@ -46,9 +48,9 @@ def reply_loss(
     return ppo_policy_loss(*ratio_of, advantages, clip_low=clip, clip_high=clip, normalizer=replies)
 
 
-def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, tokens: int) -> Tensor:
-    """GRPO's KL term, before its coefficient."""
-    return kl_penalty(logprobs, ref_logprobs, estimator=KL_IN_LOSS, mask=mask).sum() / tokens
+def kl_options(ref_logprobs: Tensor, kl_coef: float) -> dict[str, Any]:
+    """GRPO's KL term, as `linear_ppo_loss` takes it."""
+    return {"ref_logprobs": ref_logprobs, "kl_coef": kl_coef, "kl_estimator": KL_IN_LOSS}
 
 
 def describe(scores: Tensor, group_size: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.train.config import option, required
 from rlhf_fast.train.data import encode_prompt, encode_response
-from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.model import context_length
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ SMALL_MODEL = 5_000_000
 DEFAULT_THREADS = torch.get_num_threads()
 SCHEDULES = ("linear", "cosine", "constant")
 N_PLUS = "arXiv 2403.17031"  # Huang et al. 2024, whose settings are most of the defaults
+CHECKS = "look for faults of models and data before the first step, which takes seconds"
 RESUME = "continue what was killed in output_dir; false: refuse a directory in use"
 SAVE_EVERY = "seconds between two checkpoints, more where they would take over 1 % of the time; 0: after every update"
 KEEP_CHECKPOINTS = "newest checkpoints kept until the stage is finished"
@@ -50,6 +51,7 @@ class StageConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
+    checks: bool = option(True, CHECKS)
     resume: bool = option(True, RESUME, group="checkpoints")
     save_every: float = option(30.0, SAVE_EVERY, minimum=0)
     keep_checkpoints: int = option(2, KEEP_CHECKPOINTS, minimum=1)
@@ -221,14 +223,14 @@ def clip_and_step(
 ) -> dict[str, Tensor]:
     """Clip each model's gradient to `max_grad_norm` (0: never), update all, clear the gradients. Returns the norms.
 
-    UserError, before any parameter has changed, if a loss or gradient is not finite: it names `where` (stage and
+    NotFinite, before any parameter has changed, if a loss or gradient is not finite: it names `where` (stage and
     step) and the tensor.
     """
     norms = {}
     for name, model in models.items():
         norms[name] = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if not torch.stack([*losses.values(), *norms.values()]).isfinite().all():
-        raise UserError(f"{where}: {_first_not_finite(models, losses)}; nothing was updated. {NOT_FINITE_ADVICE}")
+        raise NotFinite(f"{where}: {_first_not_finite(models, losses)}; nothing was updated. {NOT_FINITE_ADVICE}")
     for name, model in models.items():
         if max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norms[name])

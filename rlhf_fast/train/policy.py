@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import gather_logprobs, linear_logprobs
+from rlhf_fast import gather_logprobs, linear_logprobs, linear_ppo_loss, ppo_loss_from_logits
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import accepts, forward_inputs, hidden_states
 
@@ -40,6 +40,7 @@ def response_logprobs(
     mask: Tensor,
     response_length: int,
     *,
+    labels: Tensor | None = None,
     temperature: float = 1.0,
     response_mask: Tensor | None = None,
     with_entropy: bool = False,
@@ -49,15 +50,45 @@ def response_logprobs(
 
     ids int64 [B, S], mask bool [B, S], response_mask [B, T] (0 where it is 0) -> [B, T], with `with_entropy` also the
     entropy [B, T] of the distribution each token was drawn from. Logits are divided by `temperature` first. The last
-    token is not read. `full_logits` asks the model itself for its logits, of T positions, as a whole.
+    token is not read. `labels` [B, T] asks for other tokens at the same places. `full_logits` asks the model itself for its
+    logits, of T positions, as a whole.
     """
     options = {"temperature": temperature, "mask": response_mask, "with_entropy": with_entropy}
-    labels = ids[:, -response_length:]
+    labels = ids[:, -response_length:] if labels is None else labels
     if full_logits:
         logits = _logits(model, ids, mask, response_length)
         return gather_logprobs(logits, labels, inplace_backward=_output_of_linear(logits), **options)
-    hidden = hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -response_length:]
+    hidden = _response_hidden(model, ids, mask, response_length)
     return linear_logprobs(hidden, labels=labels, **logit_head(model).arguments(), **options)
+
+
+def response_ppo_loss(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    response_length: int,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    full_logits: bool = False,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss over the last `response_length` = T tokens, and its statistics: one backward pass belongs to it.
+
+    ids, mask and full_logits as in `response_logprobs`, the tensors after them [B, T], options those of `linear_ppo_loss`.
+    """
+    labels = ids[:, -response_length:]
+    tensors = {"labels": labels, "old_logprobs": old_logprobs, "advantages": advantages, "mask": response_mask}
+    if full_logits:
+        logits = _logits(model, ids, mask, response_length)
+        return ppo_loss_from_logits(logits, **tensors, **options, inplace=_output_of_linear(logits))
+    hidden = _response_hidden(model, ids, mask, response_length)
+    return linear_ppo_loss(hidden, **tensors, **logit_head(model).arguments(), **options)
+
+
+def _response_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    return hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -length:]
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:

@@ -12,26 +12,33 @@ Huang et al. 2024 (arXiv 2403.17031), with gradient clipping added. Every mean r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
-from rlhf_fast.train import group, loop
+from rlhf_fast import kl_penalty, ppo_value_loss
+from rlhf_fast.train import checks, group, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
-from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
+from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.evaluate import Judge, PairJudge
+from rlhf_fast.train.finite import blaming, check_finite, keeping
 from rlhf_fast.train.generate import generation_config
+from rlhf_fast.train.guard import Guard, Settings
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
-from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.resume import State, claim
-from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, Scored, advantage, roll_out, score
+from rlhf_fast.train.rewards import SPEC, check_accuracy, make_reward, terms_of
+from rlhf_fast.train.rollout import Advantaged, Models, Scored, advantage, roll_out, score
 
 # Keys that a kind of advantage does not read.
 OF_VALUES = ("whiten_rewards", "whiten_advantages", "gamma", "lam", "cliprange_value", "vf_coef")
@@ -44,6 +51,10 @@ class PPOConfig(loop.StageConfig):
 
     reward_model: str | None = option(
         None, "directory of the reward model; with gae its copy becomes the value model", group="files"
+    )
+    reward: str | None = option(None, f"in place of it: {SPEC}", several=True)
+    min_reward_accuracy: float | None = option(
+        0.5, "refuse a reward model whose stated held-out accuracy is lower; none: take any", minimum=0, maximum=1
     )
     max_prompt_tokens: int = option(
         512, "longer prompts lose their beginning", minimum=1, source=loop.N_PLUS, group="rollout"
@@ -102,17 +113,32 @@ class PPOConfig(loop.StageConfig):
     entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
     target_kl: float | None = option(None, "end the passes of an update once approxkl is above this", above=0)
     full_logits: bool = option(False, FULL_LOGITS)
+    eval_every: int = option(
+        0, "updates between two judgements against the start on held-out prompts; 0: none", minimum=0, group="judge"
+    )
+    eval_prompts: int = option(256, "at most so many held-out prompts are answered", minimum=1)
+    judge: str | None = option(None, f"who judges, not the reward itself: {SPEC}", several=True)
+    guard: str = option(
+        "stop",
+        "when the judge's score falls while the reward rises: stop and keep the best policy, or warn",
+        choices=("stop", "warn"),
+        source="arXiv 2210.10760",
+    )
 
 
-def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
+def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | None = None) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
-    reward: any function from replies to one number each, in place of `config.reward_model`; the value model is then
-    the policy's body under a head of zeros. What such a function remembers is not saved.
+    reward: a function from replies to one number each, an nn.Module, or a list of such with weights (see `rewards`), in
+    place of those in `config`; the value model is then the policy's body under a head of zeros. What such a function
+    remembers is not saved.
+    judge: the same, in place of `config.judge`.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
-    check(config, reward)
+    reward = config.reward if reward is None else reward
+    judge = make_reward(config.judge, device=config.device) if judge is None and config.judge else judge
+    check(config, reward, judge)
     out, finished = claim("ppo", config)
     if finished:
         return out
@@ -121,8 +147,6 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     models = load_models(config, reward, device)
-    if not config.full_logits:
-        logit_head(models.policy)  # a model without one is refused here
     loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
     others = [model for model in (models.value, models.reward) if isinstance(model, torch.nn.Module)]
@@ -132,19 +156,44 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     cut = encoder.truncated_prompts
     data = DataSummary(config.data, rows_read, len(rows), len(prompts), len(heldout), bad_rows, cut)
 
+    recorded = data.as_dict() | checks.prompt_form(prompts)
+    guard = judge and config.eval_every and watch(models, judge, heldout, encoder, out, config)
+    if config.checks:
+        if guard:
+            split = {"heldout_fraction": config.heldout_fraction, "split_seed": config.split_seed}
+            checks.check_same_split(config.model, **split)
+        checks.check_prompts_fit(cut, len(prompts), encoder.max_prompt_tokens)
+        for directory in filter(None, (config.model, config.reward_model)):
+            checks.check_same_form(directory, prompts)
+        checks.check_ppo(
+            models,
+            prompts,
+            queries,
+            response_length=config.response_length,
+            temperature=config.temperature,
+            missing_eos=config.missing_eos,
+            full_logits=config.full_logits,
+        )
+    if not config.full_logits:
+        logit_head(models.policy)  # a model without one is refused here
+
     each = replies_each(config)
     updates = max(1, (config.total_episodes or each * len(prompts)) // config.batch_size)
     optimizer = loop.adamw(models.trained.values(), weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
     so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], results={})
     state = State(models.trained, optimizer, order, so_far, {"prompts": (prompts, queries)})
-    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, data.as_dict(), state) as stage:
+    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded, state) as stage:
+        if guard:
+            guard.begin(state.step)
+        alarm = None
         left = prompt_batches(len(prompts), config.batch_size // each, updates - state.step, order, so_far.waiting)
         for update, drawn in stage.steps(left):
             batch = [row for row in drawn for _ in range(each)]
             rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
-            asked = [prompts[i] for i in batch], [queries[i] for i in batch]
-            experience = collect(models, *asked, so_far.kl_coef, config)
-            stats = optimize(experience, models, optimizer, config, order, rate=rate, where=f"ppo update {update}")
+            where, asked = f"ppo update {update}", [prompts[i] for i in batch]
+            with keeping(out, where, asked, config):
+                experience = collect(models, asked, [queries[i] for i in batch], so_far.kl_coef, config)
+                stats = optimize(experience, models, optimizer, config, order, rate=rate, where=where)
             episode = update * config.batch_size
             so_far.tokens += sum(experience.scored.rollout.response_lengths)
             results = describe(experience, kl_estimator(config)) | stats
@@ -152,22 +201,55 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
                 results |= group.describe(experience.scored.scores, config.group_size)
             results |= {"lr": rate, "episode": episode, "epoch": episode / (each * len(prompts))}
             results |= {"eps": episode / stage.seconds, "tokens_per_second": so_far.tokens / stage.seconds}
-            stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg"))
+            if guard and (update % config.eval_every == 0 or update == updates):
+                results |= guard.look(update)
+                alarm = guard.alarm()
+            stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg", "eval/win_rate"))
             so_far.kl_coef, so_far.results = adapted(so_far.kl_coef, results["objective/kl"], config), results
-        models.policy.generation_config = generation_config(
-            models.tokenizer, config.response_length, config.temperature
-        )
+            if alarm:
+                loop.say(f"ppo update {update}: over-optimisation: {alarm}")
+            if alarm and config.guard == "stop":
+                break
+        policy = models.policy
+        if guard:
+            so_far.results |= guard.conclusion()
+            policy = guard.load_best() if guard.alarm() and config.guard == "stop" else policy
+        policy.generation_config = generation_config(models.tokenizer, config.response_length, config.temperature)
         if models.value is not None:
             save_model(out / "value", models.value, models.tokenizer)
-        save_model(out, models.policy, models.tokenizer)
+        save_model(out, policy, models.tokenizer)
         stage.finish(so_far.results)
     return out
 
 
-def check(config: PPOConfig, reward: RewardFunction | None) -> None:
-    """UserError for keys that are right one by one and wrong together."""
+def watch(
+    models: Models,
+    judge: Judge | PairJudge,
+    heldout: Sequence[Prompt],
+    encoder: loop.Encoder,
+    out: Path,
+    config: PPOConfig,
+) -> Guard:
+    """What judges the policy during training, on the last held-out prompts: a later evaluation asks the first ones."""
+    prompts = list(dict.fromkeys(row.prompt for row in heldout))[-config.eval_prompts :]
+    if not prompts:
+        raise UserError("ppo: 'eval_every' needs held-out prompts; raise heldout_fraction or set eval_every 0")
+    settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
+    return Guard(models, judge, prompts, [encoder.prompt(prompt) for prompt in prompts], settings, out)
+
+
+def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None) -> None:
+    """UserError for keys that are right one by one and wrong together, or a reward model that is too poor."""
     if (config.reward_model is None) == (reward is None):
         raise UserError("ppo: give either 'reward_model' (a directory) or a reward function, and not both")
+    sources = [config.reward_model] if reward is None else [source for source, _ in terms_of(reward)]
+    for directory in sources:
+        if isinstance(directory, str | Path):
+            check_accuracy(directory, config.min_reward_accuracy)
+    if config.eval_every and judge is None and config.judge is None:
+        raise UserError(
+            "ppo: 'eval_every' needs a judge, which the reward itself cannot be; give 'judge' or eval_every 0"
+        )
     if config.batch_size % config.num_mini_batches:
         raise UserError(
             f"ppo: 'batch_size' {config.batch_size} must be a multiple of 'num_mini_batches' {config.num_mini_batches}"
@@ -196,7 +278,7 @@ def kl_estimator(config: PPOConfig) -> str:
     return group.KL_IN_LOSS if config.advantage == "grpo" else config.kl_estimator
 
 
-def load_models(config: PPOConfig, reward: RewardFunction | None, device: torch.device) -> Models:
+def load_models(config: PPOConfig, reward: Any, device: torch.device) -> Models:
     """Policy and its frozen copy; reward model and, for gae, its copy that becomes the value model (N+, detail 22)."""
     places = {"dtype": config.dtype, "device": device}
     policy, tokenizer = load_policy(config.model, **places)
@@ -206,13 +288,9 @@ def load_models(config: PPOConfig, reward: RewardFunction | None, device: torch.
         if valued:
             value, _ = reward_from_policy(config.model, **places)
             torch.nn.init.zeros_(value.score.weight)
-        return Models(policy, reference, value, reward, tokenizer)
+        return Models(policy, reference, value, make_reward(reward, tokenizer=tokenizer, device=device), tokenizer)
     reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)
-    if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizers of {config.model} and {config.reward_model} differ, so the reward model would read other "
-            "words than the policy wrote; train the reward model from this policy"
-        )
+    checks.check_same_words(tokenizer, reward_tokenizer, (config.model, config.reward_model))
     if valued:
         value, _ = load_scalar_model(config.reward_model, **places)
     return Models(policy, reference, value, reward_model, tokenizer)
@@ -232,7 +310,20 @@ def collect(
         micro_batch_size=config.micro_batch_size,
         full_logits=config.full_logits,
     )
-    return advantages_of(scored, kl_coef, config)
+    parts = {"samples": rollout.samples, "beside": tensors_of(rollout)}
+    check_finite(tensors_of(scored), **parts)
+    batch = advantages_of(scored, kl_coef, config)
+    check_finite(tensors_of(scored) | tensors_of(batch), **parts)
+    return batch
+
+
+def tensors_of(record: object) -> dict[str, Tensor]:
+    """The tensors of a rollout, a scored or an advantaged batch."""
+    return {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+
+
+def all_tensors(batch: Advantaged) -> dict[str, Tensor]:
+    return tensors_of(batch.scored.rollout) | tensors_of(batch.scored) | tensors_of(batch)
 
 
 def advantages_of(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantaged:
@@ -276,21 +367,30 @@ def optimize(
     where: str,
 ) -> dict[str, float]:
     """All optimizer steps of one update -> the statistics of its minibatches, averaged over them."""
-    count = len(batch.scored.scores)
+    count, samples = len(batch.scored.scores), batch.scored.rollout.samples
     means, done = loop.Means(), []
+    alone = partial(gradient_of_row, batch, models, config)
     for _ in range(config.num_ppo_epochs):
         minibatches = torch.randperm(count, generator=order).chunk(config.num_mini_batches)
         for rows in minibatches:
-            stats = accumulate_gradient(batch, rows.tolist(), models, config)
-            losses = {name: stat for name, stat in stats.items() if name.startswith("loss/")}
-            norms = loop.clip_and_step(
-                optimizer, models.trained, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
-            )
+            rows = rows.tolist()
+            with blaming(models.trained, {row: row for row in rows}, alone, partial(all_tensors, batch), samples):
+                stats = accumulate_gradient(batch, rows, models, config)
+                losses = {name: stat for name, stat in stats.items() if name.startswith("loss/")}
+                if config.checks and not done:
+                    checks.check_first_ratio(stats["val/ratio"], stats["val/ratio_var"], models.policy.dtype, where)
+                norms = loop.clip_and_step(
+                    optimizer, models.trained, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
+                )
             done.append(stats["policy/approxkl_avg"])
             means.add(stats | {f"{name}/grad_norm": norm for name, norm in norms.items()})
         if config.target_kl is not None and torch.stack(done[-len(minibatches) :]).mean() > config.target_kl:
             break
     return means.take()
+
+
+def gradient_of_row(batch: Advantaged, models: Models, config: PPOConfig, row: int) -> dict[str, Tensor]:
+    return accumulate_gradient(batch, [row], models, config)
 
 
 def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig) -> dict[str, Tensor]:
@@ -305,38 +405,38 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
-        logprobs, entropy = response_logprobs(
-            models.policy,
-            ids,
-            mask,
-            length,
-            temperature=config.temperature,
-            response_mask=response_mask,
-            with_entropy=True,
-            full_logits=config.full_logits,
-        )
         old, advantages, ratios = scored.logprobs[place], batch.advantages[place], window.tokens / tokens
+        options = {"temperature": config.temperature, "full_logits": config.full_logits}
         if config.advantage == "rloo":
             ratios = len(window.rows) / len(rows)
+            options |= {"response_mask": response_mask, "with_entropy": True}
+            logprobs, entropies = response_logprobs(models.policy, ids, mask, length, **options)
             policy_loss, policy_stats = group.reply_loss(
                 logprobs, old, advantages, clip=config.cliprange, replies=len(rows)
             )
+            entropy = entropies.sum() / tokens
+            loss = policy_loss - config.entropy_coef * entropy if config.entropy_coef else policy_loss
+            policy_stats |= {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
         else:
-            policy_loss, policy_stats = ppo_policy_loss(
-                logprobs,
+            options |= {"clip_low": config.cliprange, "clip_high": config.cliprange, "normalizer": tokens}
+            if config.advantage == "grpo":
+                options |= group.kl_options(scored.ref_logprobs[place], batch.kl_coef)
+            loss, policy_stats = response_ppo_loss(
+                models.policy,
+                ids,
+                mask,
+                length,
                 old,
                 advantages,
                 response_mask,
-                clip_low=config.cliprange,
-                clip_high=config.cliprange,
-                normalizer=tokens,
+                entropy_coef=config.entropy_coef,
+                **options,
             )
-        mean_entropy = entropy.sum() / tokens
-        total = policy_loss - config.entropy_coef * mean_entropy if config.entropy_coef else policy_loss
+        loss.backward()
         shift = policy_stats["ratio_mean"] - 1
         part = {
-            "loss/policy_avg": policy_loss.detach(),
-            "policy/entropy_avg": mean_entropy.detach(),
+            "loss/policy_avg": policy_stats["policy_loss"],
+            "policy/entropy_avg": policy_stats["entropy"],
             "policy/approxkl_avg": policy_stats["approx_kl"] * ratios,
             "policy/clipfrac_avg": policy_stats["clip_fraction"] * ratios,
             "val/ratio": policy_stats["ratio_mean"] * ratios,
@@ -344,10 +444,7 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
             "val/ratio_var": (policy_stats["ratio_var"] + shift**2) * ratios,
         }
         if config.advantage == "grpo":
-            kl = group.kl_loss(logprobs, scored.ref_logprobs[place], response_mask, tokens=tokens)
-            total = total + batch.kl_coef * kl
-            part["loss/kl_avg"] = kl.detach()
-        total.backward()
+            part["loss/kl_avg"] = policy_stats["kl"]
         if models.value is not None:
             value_loss, value_stats = ppo_value_loss(
                 token_values(models.value, ids, mask, length),

@@ -59,7 +59,17 @@ SHOWN = 5
 
 # Keys in which a run may differ from the one it continues. Of data and models the content is compared, not the path;
 # the others touch no weight. Everything else is refused: a longer run, for one, would have had another learning rate.
-FREE = {"output_dir", "data", "model", "reward_model", "resume", "save_every", "keep_checkpoints", "logging_steps"}
+FREE = {
+    "output_dir",
+    "data",
+    "model",
+    "reward_model",
+    "resume",
+    "save_every",
+    "keep_checkpoints",
+    "logging_steps",
+    "checks",
+}
 FREE_ON_MACHINE = {"device", "threads"}  # what they lead to is compared
 # These add up the same numbers in another order: allowed, so that a run may go on with less memory, and said.
 ROUNDING = {"micro_batch_size", "full_logits"}

@@ -9,8 +9,9 @@ deviation 1 (arXiv 1909.08593). PPO's KL coefficient and penalties then mean the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
-from rlhf_fast.train import loop
+from rlhf_fast.train import checks, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, collate, read_preferences, split_heldout
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.finite import blaming, keeping, padded
 from rlhf_fast.train.generate import generate
 from rlhf_fast.train.model import load_policy, reward_from_policy, sequence_scores
 from rlhf_fast.train.record import Stage
@@ -99,6 +101,15 @@ def train(config: RewardConfig) -> Path:
     cut = (encoder.truncated_prompts, encoder.truncated_responses)
     data = DataSummary(config.data, rows_read, len(rows), len(pairs), len(heldout), bad_rows, *cut)
 
+    recorded = data.as_dict() | checks.prompt_form([row.prompt for row in sides[0]])
+    if config.checks:
+        checks.check_prompts_fit(encoder.truncated_prompts, len(rows), encoder.max_prompt_tokens)
+        checks.check_pairs_differ([(pair.chosen, pair.rejected) for pair in pairs], config.max_response_tokens)
+        checks.check_same_form(config.model, [row.prompt for row in sides[0]])
+        checks.check_weights({"model": model})
+        probes = [pair.chosen for pair in pairs[: checks.PROBES]]
+        checks.check_reading("model", model, probes, pad_id=tokenizer.pad_token_id)
+
     lengths = [len(pair) for pair in pairs]
     epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
     batches = [batch for epoch in epochs for batch in epoch]
@@ -108,21 +119,30 @@ def train(config: RewardConfig) -> Path:
     means, pad_id = loop.Means(), tokenizer.pad_token_id
     inputs = {"training rows": pairs, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, SimpleNamespace(), inputs, means)
-    with Stage("reward", config, out, total_steps, model.num_parameters(), device, data.as_dict(), state) as stage:
+
+    def alone(pair: Pair) -> dict[str, Tensor]:
+        return accumulate_gradient(model, [[pair]], pad_id, center_coef=config.center_coef)
+
+    with Stage("reward", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
             parts = [
                 [pairs[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
             ]
-            stats = accumulate_gradient(model, parts, pad_id, center_coef=config.center_coef)
-            norms = loop.clip_and_step(
-                optimizer,
-                {"model": model},
-                {"loss": stats["loss"]},
-                rate=rate,
-                max_grad_norm=config.max_grad_norm,
-                where=f"reward step {step}",
-            )
+            where, batch = f"reward step {step}", dict(enumerate(pairs[row] for row in rows))
+            with (
+                keeping(out, where, [sides[0][row].prompt for row in rows], config),
+                blaming({"model": model}, batch, alone, partial(tensors_of, batch.values(), pad_id)),
+            ):
+                stats = accumulate_gradient(model, parts, pad_id, center_coef=config.center_coef)
+                norms = loop.clip_and_step(
+                    optimizer,
+                    {"model": model},
+                    {"loss": stats["loss"]},
+                    rate=rate,
+                    max_grad_norm=config.max_grad_norm,
+                    where=where,
+                )
             means.add(stats | {"grad_norm": norms["model"]})
             last_of_epoch = step % steps_per_epoch == 0
             if step % config.logging_steps == 0 or last_of_epoch:
@@ -143,6 +163,12 @@ def train(config: RewardConfig) -> Path:
 def encode(encoder: loop.Encoder, row: Preference) -> Pair:
     prompt = encoder.prompt(row.prompt)
     return Pair(prompt + encoder.response(row.chosen), prompt + encoder.response(row.rejected))
+
+
+def tensors_of(pairs: Iterable[Pair], pad_id: int) -> dict[str, Tensor]:
+    """The token ids of a batch, a pair a row."""
+    sides = {side: padded([getattr(pair, side) for pair in pairs], pad_id) for side in ("chosen", "rejected")}
+    return {f"{side}_{name}": x for side, tensors in sides.items() for name, x in tensors.items()}
 
 
 def accumulate_gradient(

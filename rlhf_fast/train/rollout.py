@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf_fast import gae, masked_whiten, shape_rewards
 from rlhf_fast.train import loop
-from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.generate import Sample, generate
 from rlhf_fast.train.model import sequence_scores, token_values
 from rlhf_fast.train.policy import response_logprobs
@@ -118,8 +118,9 @@ def roll_out(
     *,
     response_length: int,
     temperature: float,
+    watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Rollout:
-    """One reply of the policy to each of `prompts`, whose token ids are `queries`."""
+    """One reply of the policy to each of `prompts`, whose token ids are `queries`; `watch` as in `generate`."""
     completions = generate(
         models.policy,
         models.tokenizer,
@@ -127,6 +128,7 @@ def roll_out(
         max_new_tokens=response_length,
         temperature=temperature,
         batch_size=len(queries),
+        watch=watch,
     )
     finished = completions.finished.tolist()
     samples = map(Sample, prompts, completions.texts(models.tokenizer), finished)
@@ -187,8 +189,10 @@ def call_reward(reward: RewardFunction, samples: list[Sample]) -> Tensor:
             f"the reward function gave {len(scores)} scores for {len(samples)} replies; it must give one each"
         )
     if not scores.isfinite().all():
-        worst = samples[int((~scores.isfinite()).nonzero()[0])]
-        raise UserError(f"the reward function gave a score that is not finite for the reply {worst.response[:60]!r}")
+        row = int((~scores.isfinite()).nonzero()[0])
+        texts = {"prompt": samples[row].prompt, "reply": samples[row].response}
+        message = f"the reward function gave a score that is not finite ({scores[row].item()})"
+        raise NotFinite(message, row=row, tensors={"scores": scores}, texts=texts)
     return scores
 
 

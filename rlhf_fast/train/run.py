@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo")
 SHARED = tuple(key.name for key in keys(loop.StageConfig))
 
 # The stages' own defaults are those published for pretrained models of a billion parameters. A small model that
@@ -105,6 +105,7 @@ class RunConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
+    checks: bool = option(True, loop.CHECKS)
     resume: bool = option(True, loop.RESUME, group="checkpoints")
     save_every: float = option(30.0, loop.SAVE_EVERY, minimum=0)
     keep_checkpoints: int = option(2, loop.KEEP_CHECKPOINTS, minimum=1)
@@ -161,7 +162,7 @@ def run(
             validate(stage_config(config, stage))
             check_context(stage, model, tokenizer)
         if config.algorithm == "ppo":
-            ppo.check(stage_config(config, config.ppo), None)
+            ppo.check(stage_config(config, config.ppo), config.ppo.reward, judge)
         else:
             dpo.check(config.dpo)
 
@@ -190,8 +191,9 @@ def _stages(
         places = {"model": sft_dir, "data": pairs, "output_dir": out / "reward"}
         reward_dir = reward.train(stage_config(config, config.reward, **places))
     if config.algorithm == "ppo":
-        places = {"model": sft_dir, "reward_model": reward_dir, "output_dir": out / "ppo"}
-        trained = ppo.train(stage_config(config, config.ppo, **places))
+        places = {"model": sft_dir, "output_dir": out / "ppo"}
+        places |= {"reward_model": reward_dir} if config.ppo.reward is None else {}
+        trained = ppo.train(stage_config(config, config.ppo, **places), judge=judge)
         sampling = {"response_length": config.ppo.response_length, "temperature": config.ppo.temperature}
     else:
         trained = dpo.train(stage_config(config, config.dpo, model=sft_dir, data=pairs, output_dir=out / "dpo"))
@@ -224,7 +226,7 @@ def last_stage(config: RunConfig) -> PPOConfig | DPOConfig:
 
 def needs_reward(config: RunConfig, judge: Judge | None) -> bool:
     """Whether a reward model is trained: to be optimised, or to judge where nobody else does."""
-    return config.algorithm == "ppo" or judge is None
+    return judge is None or (config.algorithm == "ppo" and config.ppo.reward is None)
 
 
 def claim(config: RunConfig) -> tuple[Path, bool]:

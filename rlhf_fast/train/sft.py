@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast.train import loop
+from rlhf_fast.train import checks, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_demonstrations, split_heldout
+from rlhf_fast.train.finite import blaming, keeping, padded
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head
@@ -70,8 +72,6 @@ def train(config: SFTConfig) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
-    if not config.full_logits:
-        logit_head(model)  # a model without one is refused here
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -80,11 +80,21 @@ def train(config: SFTConfig) -> Path:
         max_response_tokens=config.max_response_tokens,
     )
     examples, heldout = ([encode(encoder, row.prompt, row.response) for row in side] for side in sides)
+    if config.checks:
+        checks.check_prompts_fit(encoder.truncated_prompts, len(rows), encoder.max_prompt_tokens)
+        replies = [example.ids[example.start :] for example in examples]
+        checks.check_replies_end(replies, tokenizer, config.max_response_tokens)
+        checks.check_weights({"model": model})
+        probes = [example.ids for example in examples[: checks.PROBES]]
+        checks.check_reading("model", model, probes, pad_id=tokenizer.pad_token_id, full_logits=config.full_logits)
+    if not config.full_logits:
+        logit_head(model)  # a model without one is refused here
     if config.train_on_prompt:
         # The first token follows nothing, so there is no probability of it to learn.
         examples = [Example(example.ids, start=1) for example in examples]
     cut = (encoder.truncated_prompts, encoder.truncated_responses)
     data = DataSummary(config.data, rows_read, len(rows), len(examples), len(heldout), bad_rows, *cut)
+    recorded = data.as_dict() | checks.prompt_form([row.prompt for row in sides[0]])
 
     lengths = [len(example.ids) for example in examples]
     epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
@@ -95,21 +105,26 @@ def train(config: SFTConfig) -> Path:
     means, so_far = loop.Means(), SimpleNamespace(tokens=0, results={})
     inputs = {"training rows": examples, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, so_far, inputs, means)
-    with Stage("sft", config, out, total_steps, model.num_parameters(), device, data.as_dict(), state) as stage:
+    pad_id = tokenizer.pad_token_id
+
+    def alone(example: Example) -> dict[str, Tensor]:
+        return accumulate_gradient(model, [[example]], pad_id, config.full_logits)
+
+    with Stage("sft", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
             parts = [
                 [examples[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
             ]
-            losses = accumulate_gradient(model, parts, tokenizer.pad_token_id, config.full_logits)
-            norms = loop.clip_and_step(
-                optimizer,
-                {"model": model},
-                losses,
-                rate=rate,
-                max_grad_norm=config.max_grad_norm,
-                where=f"sft step {step}",
-            )
+            where, batch = f"sft step {step}", dict(enumerate(examples[row] for row in rows))
+            with (
+                keeping(out, where, [sides[0][row].prompt for row in rows], config),
+                blaming({"model": model}, batch, alone, partial(padded, [x.ids for x in batch.values()], pad_id)),
+            ):
+                losses = accumulate_gradient(model, parts, pad_id, config.full_logits)
+                norms = loop.clip_and_step(
+                    optimizer, {"model": model}, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
+                )
             means.add(losses | {"grad_norm": norms["model"]})
             so_far.tokens += sum(lengths[row] for row in rows)
             last_of_epoch = step % steps_per_epoch == 0
@@ -117,9 +132,7 @@ def train(config: SFTConfig) -> Path:
                 metrics = means.take() | {"learning_rate": rate, "epoch": step / steps_per_epoch}
                 metrics |= {"num_tokens": so_far.tokens, "tokens_per_second": so_far.tokens / stage.seconds}
                 if last_of_epoch and heldout:
-                    metrics["eval_loss"] = evaluate(
-                        model, heldout, tokenizer.pad_token_id, config.batch_size, config.full_logits
-                    )
+                    metrics["eval_loss"] = evaluate(model, heldout, pad_id, config.batch_size, config.full_logits)
                 stage.log(step, metrics, show=("loss", "eval_loss"))
                 so_far.results |= metrics
         model.generation_config = generation_config(tokenizer, config.max_response_tokens, temperature=1.0)

@@ -33,7 +33,7 @@ import torch
 import torch.utils.tensorboard
 
 from rlhf_fast import demo
-from rlhf_fast.train import ppo, record, reward, run, sft
+from rlhf_fast.train import dpo, ppo, record, reward, run, sft
 from rlhf_fast.train.checkpoint import digest
 from rlhf_fast.train.config import from_dict
 from rlhf_fast.train.errors import UserError
@@ -89,9 +89,13 @@ class World:
         if name == "reward":
             config = from_dict(reward.RewardConfig, self.files | REWARD | {"model": trained["sft"]} | changes)
             return lambda: reward.train(config)
-        if name == "ppo":
+        if name == "dpo":
+            config = from_dict(dpo.DPOConfig, self.files | SFT | {"model": trained["sft"]} | changes)
+            return lambda: dpo.train(config)
+        if name in ("ppo", "grpo"):
             models = {"model": trained["sft"], "reward_model": trained["reward"]}
-            config = from_dict(ppo.PPOConfig, self.files | PPO | models | changes)
+            kind = {} if name == "ppo" else {"advantage": "grpo", "group_size": 3}
+            config = from_dict(ppo.PPOConfig, self.files | PPO | kind | models | changes)
             return lambda: ppo.train(config)
         if name == "run":
             parts = {"sft": SFT, "reward": REWARD, "ppo": PPO | {"total_episodes": 24}}
@@ -100,7 +104,7 @@ class World:
         return lambda: small_demo(**changes)
 
 
-STAGES = ("sft", "reward", "ppo", "run", "demo")
+STAGES = ("sft", "reward", "ppo", "grpo", "dpo", "run", "demo")
 
 
 def small_demo(**changes: Any) -> Path:

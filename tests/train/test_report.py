@@ -255,14 +255,23 @@ def test_a_real_run_has_every_metric_that_is_drawn(tmp_path):
             "max_response_tokens": 16,
             "logging_steps": 1,
         },
-        "ppo": {"batch_size": 8, "num_mini_batches": 1, "total_episodes": 24, "response_length": 4},
+        "ppo": {
+            "batch_size": 8,
+            "num_mini_batches": 1,
+            "total_episodes": 24,
+            "response_length": 4,
+            "min_reward_accuracy": None,
+            "eval_every": 1,
+            "judge": "tiny:count_letters",
+            "guard": "warn",
+        },
     }
     files = {"data": str(tmp_path / "pairs.jsonl"), "output_dir": str(tmp_path / "out")}
     out = run(from_dict(RunConfig, small | stages | files))
     for stage in PPO_RUN:
         logged = set().union(*(json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()))
         assert logged >= {line.metric for curve in CURVES[stage] for line in curve.lines}
-    assert set(plots(out)) == EXPECTED | {"win_rate", "reward_accuracy", "ppo-score-kl", "judge-scores"}
+    assert set(plots(out)) == EXPECTED | {"win_rate", "reward_accuracy", "ppo-score-kl", "ppo-judge-kl", "judge-scores"}
     summary = read_json(out)
     assert summary["problems"] == []
     assert {stage["status"] for stage in summary["stages"].values()} == {"complete"}

@@ -34,7 +34,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def peaceful(world):
-    return {stage: kill.in_peace(world, stage) for stage in (*damage.STAGES, "run")}
+    return {stage: kill.in_peace(world, stage) for stage in (*damage.STAGES, "grpo", "dpo", "run")}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def killed(world, peaceful):
 # --------------------------------------------------------------------------------------------------------- kills
 
 
-@pytest.mark.parametrize(("stage", "kills"), [("sft", 5), ("reward", 5), ("ppo", 5), ("run", 4)])
+@pytest.mark.parametrize(
+    ("stage", "kills"), [("sft", 4), ("reward", 4), ("ppo", 4), ("grpo", 2), ("dpo", 2), ("run", 3)]
+)
 def test_killed_at_random_it_ends_with_the_same_bits(world, peaceful, stage, kills):
     first = peaceful[stage].events // 2
     killed, wrong = kill.ordeal(world, stage, peaceful[stage], random.Random(stage), kills, event=first)

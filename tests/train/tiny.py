@@ -69,3 +69,8 @@ def write_pairs(path: Path, count: int = 40, seed: int = 0) -> Path:
 
 def read_log(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def count_letters(responses: list[str]) -> list[int]:
+    """A judge that has nothing to do with any reward model."""
+    return [len(set(text)) for text in responses]

@@ -223,6 +223,28 @@ CURVES: dict[str, tuple[Curve, ...]] = {
             include=(0,),
         ),
         Curve(
+            "Win rate during training",
+            "share of held-out prompts",
+            "How often the judge prefers the policy of that moment to the one PPO started from, a tie counting half, with its "
+            "95% interval. It should rise and stay; where it turns back while the score still rises, PPO has begun to "
+            "exploit the reward.",
+            (
+                Line("eval/win_rate", "win rate", "marks"),
+                Line("eval/win_rate_lo", "95% interval, from", "line"),
+                Line("eval/win_rate_hi", "to", "line"),
+            ),
+            percent=True,
+            references=(Reference(0.5, "no difference"),),
+            include=(0.5,),
+        ),
+        Curve(
+            "Judge and reward on held-out prompts",
+            "score per reply",
+            "What PPO is paid for and what the judge thinks of the same replies. The two have scales of their own; what "
+            "counts is whether they rise together.",
+            (Line("eval/judge", "judge", "marks"), Line("eval/reward", "reward", "marks")),
+        ),
+        Curve(
             "Entropy",
             "nats per token",
             "How undecided the policy is about the next token. A slow fall is normal; a collapse to about 0 means that "
@@ -337,7 +359,7 @@ def charts(run: Run, stage: str) -> list[Chart]:
     """The charts that the stage's log has numbers for, in reading order."""
     drawn = [_draw(run.stages[stage], curve) for curve in CURVES[stage]]
     if stage == "ppo":
-        drawn.insert(2, _frontier(run.stages[stage]))
+        drawn[2:2] = [_frontier(run.stages[stage]), _judged_frontier(run.stages[stage])]
     return [chart for chart in drawn if chart is not None]
 
 
@@ -391,6 +413,31 @@ def _frontier(stage: Stage) -> Chart | None:
         "going up, the policy pays in KL and gets nothing for it."
     )
     return Chart("ppo-score-kl", "Score for distance", explanation, svg, (series,))
+
+
+def _judged_frontier(stage: Stage) -> Chart | None:
+    """Judge and reward against KL on the same held-out replies: the knee is where the two part."""
+    kl = dict(stage.curve("eval/kl"))
+    series = []
+    for colour, (metric, label) in enumerate((("eval/judge", "judge"), ("eval/reward", "reward"))):
+        seen = dict(stage.curve(metric))
+        points = [(kl[s], seen[s]) for s in sorted(kl.keys() & seen.keys()) if math.isfinite(kl[s] + seen[s])]
+        series.append(Series(label, points, "scatter", colour=colour))
+    if min(len(line.points) for line in series) < 3:
+        return None
+    svg = line_chart(
+        "ppo-judge-kl",
+        "ppo: judge and reward against distance from the SFT model",
+        series,
+        x_label="KL to the SFT model, nats per reply",
+        y_label="score per reply",
+        whole_x=False,
+    )
+    explanation = (
+        "Held-out replies of each look, as the reward and as the judge see them. Where the reward still rises with the "
+        "distance and the judge falls, more PPO makes the policy worse (Gao et al. 2023)."
+    )
+    return Chart("ppo-judge-kl", "What distance buys, by judge and by reward", explanation, svg, tuple(series))
 
 
 def _summary(line: Series) -> dict:

@@ -236,6 +236,7 @@ def checks(run: Run) -> list[Check]:
         _check_accuracy(run),
         _check_agreement(run),
         _check_hacking(run),
+        _check_alarm(run),
         _check_endings(run),
         _check_lengths(run),
         _check_diversity(run),
@@ -301,6 +302,25 @@ def _check_hacking(run: Run) -> Check | None:
     if reward_after > reward_before:
         return Check(True, f"The judge's score rose together with the reward model's ({scores}).")
     return Check(False, f"{run.method} did not raise the score it was trained on ({scores}).")
+
+
+def _check_alarm(run: Run) -> Check | None:
+    """What the judge saw during training."""
+    results = lookup(run.stages["ppo"].summary, "results")
+    best = finite(results, "best_update")
+    if best is None:
+        return None
+    alarm = lookup(results, "alarm")
+    if not alarm:
+        return Check(
+            True,
+            f"During training the judge's score never fell clearly while the reward rose (best: update {count(best)}).",
+        )
+    if lookup(run.stages["ppo"].summary, "config", "guard") == "warn":
+        return Check(
+            False, f"Over-optimisation during training, and PPO went on: {alarm}. The best was update {count(best)}."
+        )
+    return Check(False, f"PPO was stopped, and the policy of update {count(best)} kept: {alarm}.")
 
 
 def _check_endings(run: Run) -> Check | None:

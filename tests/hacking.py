@@ -1,0 +1,110 @@
+"""Reward hacking on demand, with and without the guard: `python -m tests.hacking [--keep DIR] [SEED ...]`.
+
+The demo's world with all that holds PPO back taken away: 512 pairs instead of 8000, so that the reward model is poor, and no
+KL penalty. The score then rises and rises while the judge sees the replies fall apart. The guard has to
+stop each seed, and the policy that it keeps has to beat the fine-tuned one; `--warn` lets it run on and shows the fall.
+Prints one line a look and a table; exits with 1 if a seed fails. About 90 CPU-seconds a seed, most of them fine-tuning.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from rlhf_fast import demo
+from rlhf_fast.demo.world import GroundTruth
+from rlhf_fast.train import ppo, reward, sft
+from rlhf_fast.train.checkpoint import read_json, save_model
+from rlhf_fast.train.data import read_prompts, split_heldout
+from rlhf_fast.train.evaluate import compare_policies
+
+PAIRS = 512
+UPDATES = 60
+EVAL_EVERY = 1
+EVAL_PROMPTS = 256
+SHARED = {"heldout_fraction": 0.15, "threads": 1, "device": "cpu"}
+LOOK = {"eval_every": EVAL_EVERY, "eval_prompts": EVAL_PROMPTS}
+PPO = demo.PPO | LOOK | {"total_episodes": UPDATES * 128, "kl_coef": 0.0, "min_reward_accuracy": None}
+COLUMNS = ("update", "eval/kl", "eval/reward", "eval/judge", "eval/win_rate", "eval/win_rate_lo", "eval/win_rate_hi")
+
+
+def prepare(root: Path, seed: int) -> None:
+    """The fine-tuned policy and a reward model from few pairs, unless they are there."""
+    if (root / "reward" / "stage.json").exists():
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    tokenizer = demo.build_tokenizer()
+    save_model(root / "base", demo.build_model(tokenizer, seed=seed), tokenizer)
+    data = demo.write_demonstrations(root / "demonstrations.jsonl", seed=seed, count=demo.DEMONSTRATIONS)
+    start = {"model": str(root / "base"), "data": str(data), "output_dir": str(root / "sft"), "seed": seed}
+    policy = sft.train(sft.SFTConfig(**start, **SHARED, **demo.SFT))
+    pairs = demo.write_pairs(root / "pairs.jsonl", policy, seed=seed, count=PAIRS)
+    start = {"model": str(policy), "data": str(pairs), "output_dir": str(root / "reward"), "seed": seed}
+    reward.train(reward.RewardConfig(**start, **SHARED, **demo.REWARD))
+
+
+def hack(root: Path, seed: int, guard: str) -> dict:
+    """PPO without a KL penalty under the guard -> what the table says of this seed."""
+    out = root / f"ppo-{guard}"
+    ppo.train(
+        ppo.PPOConfig(
+            model=str(root / "sft"),
+            reward_model=str(root / "reward"),
+            data=str(root / "demonstrations.jsonl"),
+            output_dir=str(out),
+            seed=seed,
+            **SHARED,
+            **(PPO | {"guard": guard}),
+        ),
+        judge=GroundTruth(),
+    )
+    looks = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "eval/win_rate" in line]
+    print(f"seed {seed}: " + "  ".join(name.removeprefix("eval/") for name in COLUMNS))
+    for look in looks:
+        print("  ".join(f"{look['step' if name == 'update' else name]:8.3f}" for name in COLUMNS))
+    results = read_json(out / "stage.json")["results"]
+    # Prompts that neither a stage nor the guard has seen: it asks the last EVAL_PROMPTS of those held out.
+    heldout = split_heldout(read_prompts(root / "demonstrations.jsonl")[0], fraction=0.15, seed=0)[1]
+    heldout = list(dict.fromkeys(row.prompt for row in heldout))[:-EVAL_PROMPTS]
+    sampling = {"response_length": demo.REPLY_TOKENS, "seed": 1000 + seed}
+    final = compare_policies(root / "sft", out, heldout, GroundTruth(), **sampling)
+    return {
+        "seed": seed,
+        "reward model": read_json(root / "reward" / "stage.json")["results"]["accuracy"],
+        "stopped at": looks[-1]["step"],
+        "win rate there": looks[-1]["eval/win_rate"],
+        "lowest seen": min(look["eval/win_rate"] for look in looks),
+        "kept update": results["best_update"],
+        "kept wins": final["win_rate"],
+        "low": final["low"],
+        "high": final["high"],
+        "alarm": results["alarm"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--keep", help="directory for the models, which are used again if they are there")
+    parser.add_argument("--warn", action="store_true", help="do not stop, only warn")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(options.keep or temporary)
+        rows = []
+        for seed in options.seeds:
+            prepare(root / str(seed), seed)
+            rows.append(hack(root / str(seed), seed, "warn" if options.warn else "stop"))
+    names = [name for name in rows[0] if name != "alarm"]
+    print(" | ".join(names))
+    for row in rows:
+        print(" | ".join(f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in names))
+    in_time = [row for row in rows if row["alarm"] and row["low"] > 0.5]
+    print(f"stopped, and what is kept beats the start: {len(in_time)} of {len(rows)}")
+    return 0 if options.warn or len(in_time) == len(rows) else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())
