@@ -272,6 +272,11 @@ inline OptionalTensor dense_temperature(const char* op, const OptionalTensor& te
   return dense(*temperature);
 }
 
+inline OptionalTensor dense_temperature(const char* op, const OptionalTensor& temperature, const Tensor& labels, ScalarType type) {
+  if (temperature.has_value()) check_like(op, "temperature", *temperature, "labels", labels);
+  return dense_temperature(op, temperature, type);
+}
+
 inline void check_label_type(const char* op, const Tensor& labels) {
   CHECK_TYPE(labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, op,
              ": `labels` must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
@@ -299,8 +304,7 @@ inline LogprobCall logprob_call(const char* op, const Tensor& logits_, const Ten
   call.rows.start = slice.start;
   call.rows.whole = slice.whole;
 
-  if (temperature.has_value()) check_like(op, "temperature", *temperature, "labels", labels);
-  call.temperature = dense_temperature(op, temperature, accumulate_type(call.logits));
+  call.temperature = dense_temperature(op, temperature, labels, accumulate_type(call.logits));
   call.mask = contiguous_mask(op, mask, "labels", labels);
   call.options = {call.temperature.has_value() ? call.temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
                   ignore_index, mask_view(op, call.mask)};
@@ -1041,8 +1045,7 @@ inline std::tuple<Tensor, Tensor, Tensor> logprob_slices_combine(Tensor partials
   CHECK_VALUE(partials.dim() == 3 && partials.size(1) == rows && partials.size(2) == 4 && partials.scalar_type() == ScalarType::Double, op,
               ": `partials` must be [slices, ", rows, ", 4] in float64, got shape ", shape_of(partials));
   check_label_type(op, labels);
-  if (temperature_.has_value()) check_like(op, "temperature", *temperature_, "labels", labels);
-  const OptionalTensor temperature = dense_temperature(op, temperature_, type);
+  const OptionalTensor temperature = dense_temperature(op, temperature_, labels, type);
   const OptionalTensor mask = contiguous_mask(op, mask_, "labels", labels);
   const LogprobOptions options{temperature.has_value() ? temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
                                ignore_index, mask_view(op, mask)};
