@@ -33,7 +33,9 @@ SYSTEM = r"lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s)\.so\.\d+|ld-linux-.+"
 
 
 def run(*command: str | Path, **options) -> str:
-    done = subprocess.run(list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    done = subprocess.run(
+        list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}\nexit status {done.returncode}")
     return done.stdout
@@ -70,20 +72,24 @@ def faults(wheel: Path) -> list[str]:
         if len(libraries) != 1:
             return [*found, f"holds {len(libraries)} libraries, not 1"]
         library = Path(archive.extract(libraries[0], folder))
-        needed = needed_libraries(library)
-        others = [n for n in needed if n not in TORCH and not re.fullmatch(SYSTEM, n)]
-        if others:
-            found.append(f"needs {', '.join(others)}")
-        if "libtorch.so" not in needed:
-            found.append("does not need libtorch.so, which binds the CUDA stream")
-        if symbols := unexplained_symbols(library):
-            found.append(f"uses {', '.join(symbols[:5])}, outside the stable ABI")
-        # The second opinion knows each function and the torch it came with.
-        audit = [Path(sysconfig.get_path("scripts")) / "torch-abi-audit", "--check", "torch", "-v", library]
-        verdict = subprocess.run(list(map(str, audit)), text=True, capture_output=True)
-        oldest = re.search(r"Min torch:\s+([\d.]+)", verdict.stdout)
-        if verdict.returncode != 0 or not oldest or oldest.group(1) != "2.10.0":
-            found.append(f"torch-abi-audit: {verdict.stdout[-2000:]}{verdict.stderr[-500:]}")
+        return [*found, *library_faults(library)]
+
+
+def library_faults(library: Path) -> list[str]:
+    found, needed = [], needed_libraries(library)
+    if others := [n for n in needed if n not in TORCH and not re.fullmatch(SYSTEM, n)]:
+        found.append(f"needs {', '.join(others)}")
+    if "libtorch.so" not in needed:
+        found.append("does not need libtorch.so, which binds the CUDA stream")
+    if symbols := unexplained_symbols(library):
+        found.append(f"uses {', '.join(symbols[:5])}, outside the stable ABI")
+    # A second opinion, which knows the torch that each function came with.
+    audit = Path(sysconfig.get_path("scripts")) / "torch-abi-audit"
+    if audit.exists():
+        done = subprocess.run([audit, "--check", "torch", "-v", library], text=True, capture_output=True)
+        oldest = re.search(r"Min torch:\s+([\d.]+)", done.stdout)
+        if done.returncode != 0 or not oldest or oldest.group(1) != "2.10.0":
+            found.append(f"torch-abi-audit: {done.stdout[-2000:]}{done.stderr[-500:]}")
     return found
 
 
@@ -161,7 +167,7 @@ def make_source(python: Path) -> tuple[Path, Path]:
     archive = max(dist.glob("*.tar.gz"), key=lambda p: p.stat().st_mtime)
     shutil.rmtree(WORK / "source", ignore_errors=True)
     with tarfile.open(archive) as file:
-        file.extractall(WORK / "source")
+        file.extractall(WORK / "source", filter="data")
     return archive, WORK / "source" / archive.name.removesuffix(".tar.gz")
 
 

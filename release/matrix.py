@@ -1,0 +1,144 @@
+"""The wheels of dist/ in fresh environments, one a row: python -m release.matrix [--rows 2.10.0/3.12 ...] [--keep]
+
+    torch 2.10.0, the oldest     on the first and the last Python that has a wheel in dist/ and an interpreter here
+    the torch compiled against   on the Python that runs this
+    the newest torch             that pip finds, on each Python
+    torch 2.9.1                  on the first Python: pip must refuse it, and importing must say why
+
+Each row makes an environment in build/matrix/, installs torch and the wheel as a user would, runs release/smoke.py there (import,
+ops against references, opcheck, torch.compile, the CUDA stream, messages), and removes it: a CUDA build of torch is 6 GB.
+Prints one table, writes build/matrix/table.md, exits 1 where a row fails.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from release.wheel import PINNED, ROOT, environment, interpreters, run
+
+WORK = ROOT / "build" / "matrix"
+OLDEST = "2.10.0"
+TOO_OLD = "2.9.1"
+NEWEST = "newest"
+CHECKS = ["import", "ops", "opcheck", "compile", "CUDA stream", "no driver", "torch 2.9"]
+
+
+@dataclass(frozen=True)
+class Row:
+    torch: str
+    python: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Row":
+        if not re.fullmatch(rf"({NEWEST}|\d+\.\d+\.\d+)/3\.\d+", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not TORCH/PYTHON, such as {OLDEST}/3.12 or {NEWEST}/3.11")
+        return cls(*text.split("/"))
+
+
+def wheel_for(python: str) -> Path:
+    found = sorted((ROOT / "dist").glob(f"*-cp{python.replace('.', '')}-*.whl"), key=lambda p: p.stat().st_mtime)
+    return found[-1] if found else sys.exit(f"dist/ holds no wheel for Python {python}: make wheel")
+
+
+def pythons() -> list[str]:
+    """Those with an interpreter here and a wheel in dist/."""
+    built = {f"3.{m}" for p in (ROOT / "dist").glob("*.whl") for m in re.findall(r"-cp3(\d+)-", p.name)}
+    return [version for version in interpreters() if version in built]
+
+
+def all_rows(versions: list[str]) -> list[Row]:
+    pinned = re.search(r"^torch==(\S+)", PINNED.read_text(), re.MULTILINE).group(1)
+    own = f"3.{sys.version_info.minor}"
+    first, last = versions[0], versions[-1]
+    return [
+        *(Row(OLDEST, v) for v in dict.fromkeys([first, last])),
+        Row(pinned, own if own in versions else last),
+        *(Row(NEWEST, v) for v in versions),
+        Row(TOO_OLD, first),
+    ]
+
+
+def smoke(python: Path) -> dict[str, str]:
+    done = subprocess.run(
+        [python, ROOT / "release" / "smoke.py"],
+        capture_output=True,
+        text=True,
+        cwd=WORK,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])["results"]
+    except (IndexError, ValueError, KeyError):
+        return {"import": f"FAILED: {done.stderr[-1500:]}"}
+
+
+def refused(python: Path, wheel: Path) -> dict[str, str]:
+    """With a torch that is too old: what pip says of the two together, and what importing says where pip was overruled."""
+    together = subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--dry-run", f"torch=={TOO_OLD}", wheel], capture_output=True, text=True
+    )
+    pip = "conflicting dependencies" in together.stderr and "torch>=2.10" in together.stderr
+    run(python, "-m", "pip", "install", "-q", "--no-deps", wheel)
+    done = subprocess.run([python, "-c", "import rlhf_fast"], capture_output=True, text=True, cwd=WORK)
+    said = (done.stderr.strip().splitlines() or ["imported"])[-1]
+    good = pip and re.match(rf"ImportError: rlhf_fast needs torch 2\.10 or later, and this is torch {TOO_OLD}", said)
+    return {"torch 2.9": "refused by pip and at import" if good else f"FAILED: {together.stderr[-800:]} {said}"}
+
+
+def play(row: Row, interpreter: Path, keep: bool) -> dict[str, str]:
+    folder = WORK / f"python{row.python}-torch{row.torch}"
+    torch = "torch" if row.torch == NEWEST else f"torch=={row.torch}"
+    start = time.monotonic()
+    try:
+        wheel = wheel_for(row.python)
+        if row.torch == TOO_OLD:
+            python = environment(folder, interpreter, torch, "numpy")
+            results = refused(python, wheel)
+        else:
+            python = environment(folder, interpreter, torch, wheel, "pytest", "setuptools")
+            results = smoke(python)
+        results["torch"] = run(
+            python, "-c", "import torch; print(torch.__version__, torch.version.cuda or 'CPU')"
+        ).strip()
+    except SystemExit as error:
+        results = {"import": f"FAILED: {error}"}
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    return {**results, "seconds": f"{time.monotonic() - start:.0f}"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m release.matrix", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", type=Row.parse, metavar="TORCH/PYTHON")
+    parser.add_argument("--keep", action="store_true", help="keep the environments")
+    given = parser.parse_args()
+    found = interpreters()
+    rows = given.rows or all_rows(pythons() or sys.exit("dist/ holds no wheel: make wheel"))
+    WORK.mkdir(parents=True, exist_ok=True)
+    columns = ["Python", "torch", *CHECKS, "seconds"]
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+    print("\n".join(lines), flush=True)
+    failures = []
+    for row in rows:
+        if row.python not in found:
+            sys.exit(f"no interpreter of Python {row.python} was found")
+        results = {"torch": row.torch, **play(row, found[row.python], given.keep)}
+        failures += [f"{row.torch} on {row.python}, {k}: {v}" for k, v in results.items() if v.startswith("FAILED")]
+        cells = ["FAILED" if (v := results.get(c, "")).startswith("FAILED") else v for c in columns[1:]]
+        lines.append(f"| {' | '.join([row.python, *cells])} |")
+        print(lines[-1], flush=True)
+    (WORK / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(["", *failures]) if failures else "\nall rows pass")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
