@@ -5,6 +5,8 @@
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
 #   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
+#   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
+#   make parity    every function that rlhf_fast.patch replaces beside the library's own, each library in an environment under build/peers
 #   make gpu       on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks; nine minutes
 #   make machine-code   registers, spills, occupancy and 16-byte loads of every CUDA kernel and architecture; needs nvcc, no GPU
 #   make wheel     wheels for every CPython from 3.10 to 3.14 that is found, and a source archive, in dist/; needs no CUDA toolkit
@@ -19,7 +21,7 @@ N ?= 2000
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test emulate fuzz bench gpu machine-code wheel matrix lint clean install
+.PHONY: demo test emulate fuzz bench peers parity gpu machine-code wheel matrix lint clean install
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -54,6 +56,19 @@ fuzz: install
 bench: install
 	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet
 	$(PY) -m bench.report bench/results/last.json
+
+build/peers/%/installed: bench/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -r $<
+	touch $@
+
+peers: install build/peers/trl-1.12/installed
+	$(PY) -m bench.ppo_update
+	$(PY) -m bench.swap_in_trl
+
+# The environments that tests/adapters/parity.py knows.
+parity: install $(patsubst %,build/peers/%/installed,trl-1.12 trl-1.16 trl-1.16-triton)
+	$(PY) -m tests.adapters.parity
 
 gpu: install
 	$(PY) -m bench.gpu

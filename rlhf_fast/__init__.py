@@ -15,12 +15,14 @@ except ImportError as error:
         "wheel for this Python version, and import from outside the source folder."
     ) from error
 
+from rlhf_fast.adapters import patch, unpatch
 from rlhf_fast.ops import (
     dpo_loss,
     gae,
     gather_logprobs,
     group_advantages,
     kl_penalty,
+    linear_logprobs,
     masked_mean,
     masked_whiten,
     ppo_policy_loss,
@@ -49,10 +51,13 @@ __all__ = [
     "gather_logprobs",
     "group_advantages",
     "kl_penalty",
+    "linear_logprobs",
     "masked_mean",
     "masked_whiten",
+    "patch",
     "ppo_policy_loss",
     "ppo_value_loss",
     "reward_pair_loss",
     "shape_rewards",
+    "unpatch",
 ]

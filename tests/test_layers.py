@@ -10,11 +10,13 @@ STAGES = ("train.sft", "train.reward", "train.ppo")
 LAYERS = [
     "_C",
     "ops",
-    "rlhf_fast",  # the package itself: _C and ops, exported
+    "adapters",  # ops alone; nothing in train imports it, though it stands lower: see test_train_needs_no_adapter
+    "rlhf_fast",  # the package itself: what stands above, exported
     "train.errors",
     "train.config",
     "train.data",
     "train.model",
+    "train.policy",
     "train.generate",
     "train.checkpoint",
     "train.record",
@@ -72,6 +74,12 @@ def test_imports_go_downward(name, path):
         assert other in LAYERS, f"{name} imports {imported}, which has no place in the layers"
         assert LAYERS.index(other) < LAYERS.index(mine), f"{name} imports {imported}, which stands above it"
         assert not (mine in STAGES and other in STAGES), f"{name} imports {imported}: stages never import each other"
+
+
+def test_train_needs_no_adapter():
+    for name, path in modules():
+        if name.startswith(("rlhf_fast.train", "rlhf_fast.demo")):
+            assert not [i for i in imports_of(name, path) if i.startswith("rlhf_fast.adapters")], name
 
 
 def test_train_holds_no_code():

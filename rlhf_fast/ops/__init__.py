@@ -3,6 +3,7 @@
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.group import group_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
+from rlhf_fast.ops.linear import linear_logprobs
 from rlhf_fast.ops.logprob import gather_logprobs
 from rlhf_fast.ops.masked import masked_mean, masked_whiten
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
@@ -14,6 +15,7 @@ __all__ = [
     "gather_logprobs",
     "group_advantages",
     "kl_penalty",
+    "linear_logprobs",
     "masked_mean",
     "masked_whiten",
     "ppo_policy_loss",

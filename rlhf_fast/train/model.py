@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import gather_logprobs
 from rlhf_fast.train.errors import UserError
 
 if TYPE_CHECKING:
@@ -232,54 +231,22 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def response_logprobs(
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    response_length: int,
-    *,
-    temperature: float = 1.0,
-    response_mask: Tensor | None = None,
-    with_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each of the last `response_length` = T tokens given all before it, in nats.
-
-    ids int64 [B, S], mask bool [B, S], response_mask [B, T] (0 where it is 0) -> [B, T], with `with_entropy` also the
-    entropy [B, T] of the distribution each token was drawn from. Logits are divided by `temperature` first. The last
-    token is not read and logits are computed for T positions only, so none is made in vain, forward or backward.
-    """
-    kept = {"logits_to_keep": response_length} if _accepts(type(model), "logits_to_keep") else {}
-    logits = model(**_inputs(model, ids[:, :-1], mask[:, :-1]), **kept).logits
-    if logits.shape[1] != response_length:
-        logits = logits[:, -response_length:]
-    labels, inplace = ids[:, -response_length:], _output_of_linear(logits)
-    options = {"temperature": temperature, "with_entropy": with_entropy, "inplace_backward": inplace}
-    return gather_logprobs(logits, labels, mask=response_mask, **options)
-
-
-def _output_of_linear(x: Tensor) -> bool:
-    """Whether x comes straight from a linear layer, whose backward does not read it, so that it may be overwritten."""
-    step = x.grad_fn
-    if step is not None and "View" in step.name():
-        step = step.next_functions[0][0]
-    return step is not None and step.name() in ("MmBackward0", "AddmmBackward0")
-
-
 def sequence_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Score of each row, read at its last real token: ids int64 [B, S], mask bool [B, S] -> [B]."""
-    hidden = _hidden(model, ids, mask)
+    hidden = hidden_states(model, ids, mask)
     last = (torch.arange(ids.shape[1], device=ids.device) * mask).argmax(1)
     return _head(model, hidden[torch.arange(len(ids), device=ids.device), last])
 
 
 def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor, response_length: int) -> Tensor:
     """Value of the state before each of the last T tokens: ids, mask [B, S] -> [B, T], read at positions C-1 … S-2."""
-    return _head(model, _hidden(model, ids[:, :-1], mask[:, :-1])[:, -response_length:])
+    return _head(model, hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -response_length:])
 
 
-def _hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """What the body makes of each token, before any head: ids int64 [B, S], mask bool [B, S] -> [B, S, H]."""
     body = model.base_model
-    return body(**_inputs(body, ids, mask)).last_hidden_state
+    return body(**forward_inputs(body, ids, mask)).last_hidden_state
 
 
 def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -288,13 +255,14 @@ def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return nn.functional.linear(hidden.to(wide), model.score.weight.to(wide), model.score.bias.to(wide)).squeeze(-1)
 
 
-def _inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """The arguments of a forward pass: padding moves no position, nothing is cached."""
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    if _accepts(type(model), "position_ids"):
+    if accepts(type(model), "position_ids"):
         inputs["position_ids"] = position_ids(mask)
     return inputs
 
 
 @functools.cache
-def _accepts(model_class: type, argument: str) -> bool:
+def accepts(model_class: type, argument: str) -> bool:
     return argument in inspect.signature(model_class.forward).parameters

@@ -25,7 +25,8 @@ from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.generate import generation_config
-from rlhf_fast.train.model import load_policy, load_scalar_model, response_logprobs, reward_from_policy, token_values
+from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, advantage, roll_out, score
 
@@ -77,6 +78,7 @@ class PPOConfig(loop.StageConfig):
     vf_coef: float = option(0.1, "weight of the value loss", minimum=0, source=loop.N_PLUS)
     entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
     target_kl: float | None = option(None, "end the passes of an update once approxkl is above this", above=0)
+    full_logits: bool = option(False, FULL_LOGITS)
 
 
 def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
@@ -93,6 +95,8 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     models = load_models(config, reward, device)
+    if not config.full_logits:
+        logit_head(models.policy)  # a model without one is refused here
     loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
     encoder = loop.Encoder(models.policy, models.tokenizer, others=(models.value,), **limits)
@@ -165,6 +169,7 @@ def collect(
         missing_eos=config.missing_eos,
         missing_eos_penalty=config.missing_eos_penalty,
         micro_batch_size=config.micro_batch_size,
+        full_logits=config.full_logits,
     )
     return advantage(
         scored,
@@ -228,8 +233,16 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
-        options = {"temperature": config.temperature, "response_mask": response_mask, "with_entropy": True}
-        logprobs, entropy = response_logprobs(models.policy, ids, mask, length, **options)
+        logprobs, entropy = response_logprobs(
+            models.policy,
+            ids,
+            mask,
+            length,
+            temperature=config.temperature,
+            response_mask=response_mask,
+            with_entropy=True,
+            full_logits=config.full_logits,
+        )
         policy_loss, policy_stats = ppo_policy_loss(
             logprobs,
             scored.logprobs[place],

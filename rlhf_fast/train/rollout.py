@@ -20,7 +20,8 @@ from rlhf_fast import gae, masked_whiten, shape_rewards
 from rlhf_fast.train import loop
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.generate import Sample, generate
-from rlhf_fast.train.model import response_logprobs, sequence_scores, token_values
+from rlhf_fast.train.model import sequence_scores, token_values
+from rlhf_fast.train.policy import response_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,6 +143,7 @@ def score(
     missing_eos: str,
     missing_eos_penalty: float,
     micro_batch_size: int,
+    full_logits: bool = False,
 ) -> Scored:
     """Score the replies and weigh each of their tokens, `micro_batch_size` rows at a time (0: all at once).
 
@@ -154,7 +156,7 @@ def score(
     for window in rollout.windows(range(len(rollout.ids)), micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
-        scale = {"temperature": temperature, "response_mask": response_mask}
+        scale = {"temperature": temperature, "response_mask": response_mask, "full_logits": full_logits}
         logprobs[place] = response_logprobs(models.policy, ids, mask, length, **scale)
         ref_logprobs[place] = response_logprobs(models.reference, ids, mask, length, **scale)
         values[place] = token_values(models.value, ids, mask, length) * response_mask

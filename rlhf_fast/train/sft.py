@@ -21,7 +21,8 @@ from rlhf_fast.train.checkpoint import claim_output, save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, collate, read_demonstrations, split_heldout
 from rlhf_fast.train.generate import generation_config
-from rlhf_fast.train.model import load_policy, response_logprobs
+from rlhf_fast.train.model import load_policy
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
 from rlhf_fast.train.record import Stage
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class SFTConfig(loop.StageConfig):
     adam_epsilon: float = option(1e-5, "epsilon of AdamW", above=0, source=loop.N_PLUS)
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this; 0: never", minimum=0)
     logging_steps: int = option(10, "updates between two lines of the log", minimum=1)
+    full_logits: bool = option(False, FULL_LOGITS)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def train(config: SFTConfig) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
+    if not config.full_logits:
+        logit_head(model)  # a model without one is refused here
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -94,7 +98,7 @@ def train(config: SFTConfig) -> Path:
             parts = [
                 [examples[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
             ]
-            losses = accumulate_gradient(model, parts, tokenizer.pad_token_id)
+            losses = accumulate_gradient(model, parts, tokenizer.pad_token_id, config.full_logits)
             norms = loop.clip_and_step(
                 optimizer,
                 {"model": model},
@@ -110,7 +114,9 @@ def train(config: SFTConfig) -> Path:
                 metrics = means.take() | {"learning_rate": rate, "num_tokens": tokens, "epoch": step / steps_per_epoch}
                 metrics["tokens_per_second"] = tokens / stage.seconds
                 if last_of_epoch and heldout:
-                    metrics["eval_loss"] = evaluate(model, heldout, tokenizer.pad_token_id, config.batch_size)
+                    metrics["eval_loss"] = evaluate(
+                        model, heldout, tokenizer.pad_token_id, config.batch_size, config.full_logits
+                    )
                 stage.log(step, metrics, show=("loss", "eval_loss"))
                 results |= metrics
         model.generation_config = generation_config(tokenizer, config.max_response_tokens, temperature=1.0)
@@ -124,12 +130,14 @@ def encode(encoder: loop.Encoder, prompt: str, response: str) -> Example:
     return Example(prompt_ids + encoder.response(response), start=len(prompt_ids))
 
 
-def accumulate_gradient(model: PreTrainedModel, parts: Sequence[Sequence[Example]], pad_id: int) -> dict[str, Tensor]:
+def accumulate_gradient(
+    model: PreTrainedModel, parts: Sequence[Sequence[Example]], pad_id: int, full_logits: bool = False
+) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over all reply tokens of a batch, given in parts -> its loss and entropy."""
     normalizer = sum(len(example.ids) - example.start for part in parts for example in part)
     loss = entropy = torch.zeros((), device=model.device)
     for part in parts:
-        logprobs, entropies = reply_logprobs(model, part, pad_id)
+        logprobs, entropies = reply_logprobs(model, part, pad_id, full_logits)
         part_loss = -logprobs.sum() / normalizer
         part_loss.backward()
         loss = loss + part_loss.detach()
@@ -138,19 +146,24 @@ def accumulate_gradient(model: PreTrainedModel, parts: Sequence[Sequence[Example
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int) -> float:
+def evaluate(
+    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int, full_logits: bool = False
+) -> float:
     """Mean loss over all reply tokens of `examples`, in nats per token."""
     total = torch.zeros((), device=model.device, dtype=torch.float64)
     for rows in loop.length_batches([len(example.ids) for example in examples], batch_size, generator=None):
-        total -= reply_logprobs(model, [examples[row] for row in rows], pad_id)[0].sum()
+        total -= reply_logprobs(model, [examples[row] for row in rows], pad_id, full_logits)[0].sum()
     return (total / sum(len(example.ids) - example.start for example in examples)).item()
 
 
-def reply_logprobs(model: PreTrainedModel, examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
+def reply_logprobs(
+    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, full_logits: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy [B, T] of the last T columns, which hold all replies; 0 where there is no reply."""
     ids, mask = (x.to(model.device) for x in collate([example.ids for example in examples], pad_id, side="right"))
     starts = torch.tensor([example.start for example in examples], device=model.device)
     first = min(example.start for example in examples)
     columns = torch.arange(first, ids.shape[1], device=model.device)
     response_mask = mask[:, first:] & (columns >= starts[:, None])
-    return response_logprobs(model, ids, mask, len(columns), response_mask=response_mask, with_entropy=True)
+    options = {"with_entropy": True, "full_logits": full_logits}
+    return response_logprobs(model, ids, mask, len(columns), response_mask=response_mask, **options)

@@ -3,7 +3,8 @@ import tiny
 import torch
 
 from rlhf_fast.train.generate import Completions, Sample, generate, generation_config
-from rlhf_fast.train.model import load_policy, response_logprobs
+from rlhf_fast.train.model import load_policy
+from rlhf_fast.train.policy import response_logprobs
 
 PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10]]
 

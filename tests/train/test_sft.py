@@ -165,9 +165,9 @@ def test_the_config_is_small_and_every_key_is_explained():
 def test_the_prompt_is_learnt_only_where_asked_for(tmp_path, base, monkeypatch, asked):
     original, starts = accumulate_gradient, []
 
-    def spy(model, parts, pad_id):
+    def spy(model, parts, *rest):
         starts.extend(example.start for part in parts for example in part)
-        return original(model, parts, pad_id)
+        return original(model, parts, *rest)
 
     monkeypatch.setattr(sft, "accumulate_gradient", spy)
     train(config(tmp_path, base, train_on_prompt=asked, num_train_epochs=1))
