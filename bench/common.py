@@ -4,14 +4,21 @@ Inputs rotate, so that no cache flatters, and are never zeros. Times are pytest-
 ratios within one run, which is all that a shared machine can tell.
 """
 
+import functools
 import itertools
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from bench.contenders import forget_peak, memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROTATE_BYTES = 64 << 20
+COPIED_BYTES = 1 << 30 if DEVICE == "cuda" else 256 << 20  # beyond every cache
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,35 @@ def rows(cases: list[Case]):
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of the median of 20 plain copies: the roof under which a row stands."""
+    source = torch.randint(0, 255, (COPIED_BYTES,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(23):
+        synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * COPIED_BYTES / statistics.median(times[3:])
+
+
+def peak_of(call: Callable[[], None]) -> int:
+    """Bytes that the memory in use rises while it runs. On the CPU what the allocator kept from before is not seen."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before = forget_peak()
+    call()
+    return max(memory("VmHWM") - before, 0)
 
 
 def flat(result) -> list[torch.Tensor]:
@@ -62,9 +96,6 @@ def run(benchmark, case: Case, who: str) -> None:
     sets = [first, *(case.inputs(generator) for _ in range(min(15, ROTATE_BYTES // max(size, 1))))]
     turn = itertools.cycle(sets)
     benchmark.group = case.id
-    benchmark.extra_info.update(
-        case=case.name, size=case.size, who=who, bytes=case.bytes_moved, threads=torch.get_num_threads()
-    )
 
     def call():
         function(*next(turn))
@@ -72,6 +103,16 @@ def run(benchmark, case: Case, who: str) -> None:
 
     for _ in range(3):
         call()
+    benchmark.extra_info.update(
+        case=case.name,
+        size=case.size,
+        who=who,
+        bytes=case.bytes_moved,
+        threads=torch.get_num_threads(),
+        copy=copy_bandwidth(),
+        peak=peak_of(call),
+        inputs=size,
+    )
     benchmark(call)
 
 
