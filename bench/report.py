@@ -112,7 +112,9 @@ def page(result: dict) -> str:
 def figure(title: str, chart: str, series: Sequence[plot.Series]) -> str:
     """A chart as a file of its own: with its title, a legend and the colours of the report."""
     css = STYLE.read_text()
-    rules = [line for line in css.splitlines() if re.match(r"\.plot [^{]|\.chart |polyline", line)]  # not its width on a page
+    rules = [
+        line for line in css.splitlines() if re.match(r"\.plot [^{]|\.chart |polyline", line)
+    ]  # not its width on a page
     legend, x = [], 0
     for line in series:
         legend.append(f'<text class="t{line.colour}" x="{x}" y="40">● {escape(line.label)}</text>')
@@ -142,7 +144,9 @@ def of_logprobs(rows: list[dict], on: str, prefix: str = "") -> dict[str, str]:
     drawn: dict[str, str] = {}
 
     def points(case: str, value: Callable[[dict], float]) -> list[plot.Point]:
-        return sorted((int(r["size"].split("x")[-1]), value(r)) for r in rows if r["case"] == case and r["peer"] == EAGER)
+        return sorted(
+            (int(r["size"].split("x")[-1]), value(r)) for r in rows if r["case"] == case and r["peer"] == EAGER
+        )
 
     def lines(kind: str, labels: dict[str, str], value: Callable[[dict], float]) -> list[plot.Series]:
         return [
@@ -200,7 +204,9 @@ def write(drawn: dict[str, str], folder: Path) -> list[Path]:
 
 def plots(results: Path, folder: Path) -> list[Path]:
     """Of every measurement in `results`; a run on a GPU has a folder of its own and is drawn there."""
-    read = {path: json.loads(path.read_text()) for path in sorted([*results.glob("*.json"), *results.glob("gpu-*/*.json")])}
+    read = {
+        path: json.loads(path.read_text()) for path in sorted([*results.glob("*.json"), *results.glob("gpu-*/*.json")])
+    }
     updates = [r for r in read.values() if "contenders" in r and "ppo_epochs" in r.get("settings", {})]
     written = write(of_updates(updates), folder)
     for path, result in read.items():
@@ -227,7 +233,9 @@ def main() -> None:
             print(page(result))
     if options.plots:
         written = plots(contenders.RESULTS, PLOTS)
-        print("\n".join(str(path.relative_to(contenders.ROOT)) for path in written) or "nothing to draw", file=sys.stderr)
+        print(
+            "\n".join(str(path.relative_to(contenders.ROOT)) for path in written) or "nothing to draw", file=sys.stderr
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The wheels of dist/ in fresh environments, one a row: python -m release.matrix [--rows 2.10.0/3.12 ...] [--keep]
 
-    torch 2.10.0, the oldest     on the first and the last Python that has a wheel in dist/ and an interpreter here
+    torch 2.10.0, the oldest     on the first and the last Python that has a wheel in dist/ and an interpreter here; on the first
+                                 its CPU build, too, where pip knows an index that has it
     the torch compiled against   on the Python that runs this
     the newest torch             that pip finds, on each Python
     torch 2.9.1                  on the first Python: pip must refuse it, and importing must say why
 
 Each row makes an environment in build/matrix/, installs torch and the wheel as a user would, runs release/smoke.py there (import,
 ops against references, opcheck, torch.compile, the CUDA stream, messages), and removes it: a CUDA build of torch is 6 GB.
-Prints one table, writes build/matrix/table.md, exits 1 where a row fails.
+Prints one table and what of it was not to be had here, keeps both in build/matrix/table.md, exits 1 where a row fails.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from release.wheel import PINNED, ROOT, environment, interpreters, run
+from release.wheel import PINNED, PYTHONS, ROOT, environment, interpreters, run
 
 WORK = ROOT / "build" / "matrix"
 OLDEST = "2.10.0"
@@ -37,7 +38,7 @@ class Row:
 
     @classmethod
     def parse(cls, text: str) -> "Row":
-        if not re.fullmatch(rf"({NEWEST}|\d+\.\d+\.\d+)/3\.\d+", text):
+        if not re.fullmatch(rf"({NEWEST}|\d+\.\d+\.\d+(\+\w+)?)/3\.\d+", text):
             raise argparse.ArgumentTypeError(f"{text!r} is not TORCH/PYTHON, such as {OLDEST}/3.12 or {NEWEST}/3.11")
         return cls(*text.split("/"))
 
@@ -58,6 +59,7 @@ def all_rows(versions: list[str]) -> list[Row]:
     own = f"3.{sys.version_info.minor}"
     first, last = versions[0], versions[-1]
     return [
+        Row(f"{OLDEST}+cpu", first),
         *(Row(OLDEST, v) for v in dict.fromkeys([first, last])),
         Row(pinned, own if own in versions else last),
         *(Row(NEWEST, v) for v in versions),
@@ -108,11 +110,37 @@ def play(row: Row, interpreter: Path, keep: bool) -> dict[str, str]:
             python, "-c", "import torch; print(torch.__version__, torch.version.cuda or 'CPU')"
         ).strip()
     except SystemExit as error:
-        results = {"import": f"FAILED: {error}"}
+        none = re.search(r"No matching distribution found for (\S+)", str(error))
+        results = {"import": f"not had: pip finds no {none.group(1)}" if none else f"FAILED: {error}"}
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
     return {**results, "seconds": f"{time.monotonic() - start:.0f}"}
+
+
+def not_had(rows: dict[Row, dict[str, str]], found: dict[str, Path]) -> list[str]:
+    """What this machine could not try."""
+    missing = [f"Python 3.{minor}: no interpreter" for minor in PYTHONS if f"3.{minor}" not in found]
+    missing += [
+        f"torch {row.torch} on Python {row.python}: {why.removeprefix('not had: ')}"
+        for row, results in rows.items()
+        if (why := results.get("import", "")).startswith("not had")
+    ]
+    if not any(results.get("CUDA stream") == "a GPU is here" for results in rows.values()):
+        missing.append("a GPU: no kernel ran on one, and none was met that the wheel holds no code for")
+    return missing
+
+
+def render(rows: dict[Row, dict[str, str]], found: dict[str, Path]) -> str:
+    def cell(value: str) -> str:
+        return next((word for word in ("FAILED", "not had") if value.startswith(word)), value)
+
+    columns = ["torch", *CHECKS, "seconds"]
+    lines = [f"| {' | '.join(['Python', *columns])} |", f"| {' | '.join('---' for _ in ['', *columns])} |"]
+    for row, results in rows.items():
+        cells = [cell({"torch": row.torch, **results}.get(column, "")) for column in columns]
+        lines.append(f"| {' | '.join([row.python, *cells])} |")
+    return "\n".join([*lines, "", *(f"not had: {what}" for what in not_had(rows, found))])
 
 
 def main() -> int:
@@ -121,23 +149,18 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the environments")
     given = parser.parse_args()
     found = interpreters()
-    rows = given.rows or all_rows(pythons() or sys.exit("dist/ holds no wheel: make wheel"))
+    wanted = given.rows or all_rows(pythons() or sys.exit("dist/ holds no wheel: make wheel"))
+    if missing := {row.python for row in wanted} - set(found):
+        sys.exit(f"no interpreter of Python {', '.join(sorted(missing))} was found")
     WORK.mkdir(parents=True, exist_ok=True)
-    columns = ["Python", "torch", *CHECKS, "seconds"]
-    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
-    print("\n".join(lines), flush=True)
-    failures = []
-    for row in rows:
-        if row.python not in found:
-            sys.exit(f"no interpreter of Python {row.python} was found")
-        results = {"torch": row.torch, **play(row, found[row.python], given.keep)}
-        failures += [f"{row.torch} on {row.python}, {k}: {v}" for k, v in results.items() if v.startswith("FAILED")]
-        cells = ["FAILED" if (v := results.get(c, "")).startswith("FAILED") else v for c in columns[1:]]
-        lines.append(f"| {' | '.join([row.python, *cells])} |")
-        print(lines[-1], flush=True)
-    (WORK / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(["", *failures]) if failures else "\nall rows pass")
-    return 1 if failures else 0
+    rows: dict[Row, dict[str, str]] = {}
+    for row in wanted:
+        print(f"-- torch {row.torch} on Python {row.python}", flush=True)
+        rows[row] = play(row, found[row.python], given.keep)
+        print("\n".join(f"   {check}: {said}" for check, said in rows[row].items()), flush=True)
+        (WORK / "table.md").write_text(render(rows, found) + "\n")
+    print(f"\n{render(rows, found)}")
+    return 1 if any(said.startswith("FAILED") for results in rows.values() for said in results.values()) else 0
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def environment(folder: Path, python: Path, *packages: str | Path) -> Path:
     if folder.exists():
         shutil.rmtree(folder)
     run(python, "-m", "venv", folder)
-    run(folder / "bin" / "python", "-m", "pip", "install", "-q", *packages)
+    run(folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile", *packages)
     return folder / "bin" / "python"
 
 

@@ -35,7 +35,15 @@ def test_steps_keep_what_failed_and_what_had_no_time(tmp_path):
 
 def timing(case: str, size: str, who: str, median: float) -> dict:
     """As pytest-benchmark writes it."""
-    info = {"case": case, "size": size, "who": who, "bytes": 9000, "copy": 1e9, "peak": 400 if who == "eager" else 100, "inputs": 200}
+    info = {
+        "case": case,
+        "size": size,
+        "who": who,
+        "bytes": 9000,
+        "copy": 1e9,
+        "peak": 400 if who == "eager" else 100,
+        "inputs": 200,
+    }
     stats = {"median": median, "q1": median * 0.9, "q3": median * 1.1}
     return {"group": f"{case} {size}", "extra_info": info, "stats": stats}
 
@@ -65,14 +73,18 @@ def test_it_writes_json_table_and_plots_to_one_folder(tmp_path, monkeypatch):
 def test_the_plots_say_what_was_measured():
     kinds = [f"{case} float32" for case in report.PASSES]
     sides = {"rlhf_fast": 1e-5, "eager": 2e-5}
-    rows = report.ratios([timing(case, f"1x2x{v}", who, t) for case in kinds for v in (82, 500) for who, t in sides.items()])
+    rows = report.ratios(
+        [timing(case, f"1x2x{v}", who, t) for case in kinds for v in (82, 500) for who, t in sides.items()]
+    )
     drawn = report.of_logprobs(rows, "a GPU")
     assert set(drawn) == {"bandwidth-float32.svg", "memory-float32.svg"}, "nothing was measured in bfloat16"
     for svg in drawn.values():
         assert all(tag in svg for tag in ("prefers-color-scheme", "<polyline", "vocabulary"))
         ElementTree.fromstring(svg)
     assert "logprobs: from 90% to 90%" in drawn["bandwidth-float32.svg"]
-    assert "ours: from 0.5 to 0.5" in drawn["memory-float32.svg"] and "eager: from 2 to 2" in drawn["memory-float32.svg"]
+    assert (
+        "ours: from 0.5 to 0.5" in drawn["memory-float32.svg"] and "eager: from 2 to 2" in drawn["memory-float32.svg"]
+    )
 
 
 def test_of_a_vocabulary_measured_twice_the_result_with_more_updates_counts():
@@ -80,7 +92,10 @@ def test_of_a_vocabulary_measured_twice_the_result_with_more_updates_counts():
         return {"cpu_seconds": list(seconds), "peak_bytes": 1 << 30}
 
     some = {"machine": "M", "settings": {"ppo_epochs": 4, "threads": 1}}
-    few = {**some, "contenders": {"82": {"rlhf_fast": one(9.0)}, "500": {"rlhf_fast": one(3.0), "trl-1.12": {"failed": "no"}}}}
+    few = {
+        **some,
+        "contenders": {"82": {"rlhf_fast": one(9.0)}, "500": {"rlhf_fast": one(3.0), "trl-1.12": {"failed": "no"}}},
+    }
     many = {**some, "contenders": {"82": {"rlhf_fast": one(1.0, 2.0, 4.0)}}}
     for results in ([few, many], [many, few]):
         assert "rlhf_fast: from 2 to 3" in report.of_updates(results)["ppo-update-time.svg"]

@@ -1,6 +1,7 @@
 """What is shipped: the source archive, the symbols of the library, the rules that a wheel must pass, its messages on a machine
 that lacks something. Building the wheels (`make wheel`) and installing them (`make matrix`) takes minutes: not done here."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_fast
-from release import smoke, wheel
+from release import matrix, smoke, wheel
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = next(Path(rlhf_fast.__file__).parent.glob("_C*.so"))
@@ -131,3 +132,34 @@ def test_a_machine_that_lacks_something_is_told_what(check):
     if said in ("no CUDA in this wheel", "a GPU is here", "not asked"):
         pytest.skip(said)
     assert said
+
+
+def test_the_matrix_says_what_failed_and_what_was_not_to_be_had(monkeypatch):
+    def no_torch(folder, python, *packages):
+        raise SystemExit("ERROR: No matching distribution found for torch==2.10.0+cpu\n")
+
+    def broken(folder, python, *packages):
+        raise SystemExit("disk full")
+
+    row = matrix.Row.parse("2.10.0+cpu/3.10")
+    monkeypatch.setattr(matrix, "wheel_for", lambda python: Path("a.whl"))
+    monkeypatch.setattr(matrix, "environment", no_torch)
+    absent = matrix.play(row, Path("python3.10"), keep=False)
+    monkeypatch.setattr(matrix, "environment", broken)
+    failed = matrix.play(row, Path("python3.10"), keep=False)
+    assert failed["import"] == "FAILED: disk full"
+    good = {"import": "0.1 s", "torch": "2.14.1 13.0", "CUDA stream": "bound (13.0): ...", "seconds": "9"}
+    rows = {row: absent, matrix.Row("2.9.1", "3.10"): failed, matrix.Row("newest", "3.11"): good}
+    text = matrix.render(rows, {f"3.{minor}": Path() for minor in (10, 11, 12, 13)})
+    assert "| 3.10 | 2.10.0+cpu | not had |" in text and "| 3.10 | 2.9.1 | FAILED |" in text
+    assert "| 3.11 | 2.14.1 13.0 | 0.1 s |" in text
+    assert "not had: torch 2.10.0+cpu on Python 3.10: pip finds no torch==2.10.0+cpu" in text
+    assert "not had: Python 3.14: no interpreter" in text and "not had: a GPU" in text
+    with pytest.raises(argparse.ArgumentTypeError):
+        matrix.Row.parse("2.10/3.10")
+
+
+def test_the_matrix_tries_the_oldest_the_pinned_and_the_newest_torch():
+    rows = matrix.all_rows(["3.10", "3.13"])
+    pairs = [("2.10.0+cpu", "3.10"), ("2.10.0", "3.10"), ("2.10.0", "3.13"), ("newest", "3.10"), ("newest", "3.13")]
+    assert {(r.torch, r.python) for r in rows} >= {*pairs, ("2.9.1", "3.10")} and len(rows) == 7
