@@ -1,7 +1,8 @@
 """How a row of the benchmark is made: one case, ours beside its peers, the same inputs, correctness before timing.
 
 Inputs rotate, so that no cache flatters, and are never zeros. Times are pytest-benchmark's; `bench/report.py` turns them into
-ratios within one run, which is all that a shared machine can tell.
+ratios within one run, which is all that a shared machine can tell. On one CPU thread the time is the process's own: other work on
+the machine then counts only where it takes the memory's bandwidth.
 """
 
 import functools
@@ -18,6 +19,7 @@ from bench.contenders import forget_peak, memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROTATE_BYTES = 64 << 20
+CLOCK = time.process_time if DEVICE == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 COPIED_BYTES = 1 << 30 if DEVICE == "cuda" else 256 << 20  # beyond every cache
 
 
@@ -38,7 +40,8 @@ class Case:
 def rows(cases: list[Case]):
     """Parametrize a benchmark function over every contender of every case."""
     params = [pytest.param(case, who, id=f"{case.id}-{who}") for case in cases for who in case.contenders]
-    return pytest.mark.parametrize(("case", "who"), params)
+    by_case = pytest.mark.parametrize(("case", "who"), params)
+    return lambda function: pytest.mark.benchmark(timer=CLOCK)(by_case(function))
 
 
 def synchronize() -> None:
@@ -54,10 +57,10 @@ def copy_bandwidth() -> float:
     times = []
     for _ in range(23):
         synchronize()
-        start = time.perf_counter()
+        start = CLOCK()
         target.copy_(source)
         synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(CLOCK() - start)
     return 2 * COPIED_BYTES / statistics.median(times[3:])
 
 
