@@ -7,11 +7,13 @@
     torch 2.9.1                  on the first Python: pip must refuse it, and importing must say why
 
 Each row makes an environment in build/matrix/, installs torch and the wheel as a user would, runs release/smoke.py there (import,
-ops against references, opcheck, torch.compile, the CUDA stream, messages), and removes it: a CUDA build of torch is 6 GB.
+ops against references, opcheck, torch.compile, the CUDA stream, messages), and removes it: a CUDA build of torch is 6 GB. A row
+that passed is kept as long as neither the wheel nor what tests it changes: a run cut short goes on where it stopped.
 Prints one table and what of it was not to be had here, keeps both in build/matrix/table.md, exits 1 where a row fails.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -94,6 +96,22 @@ def refused(python: Path, wheel: Path) -> dict[str, str]:
     return {"torch 2.9": "refused by pip and at import" if good else f"FAILED: {together.stderr[-800:]} {said}"}
 
 
+def kept(row: Row) -> Path:
+    """Where the results of a row that passed are."""
+    tests = [ROOT / "release" / "smoke.py", *sorted((ROOT / "tests").glob("*.py"))]
+    what = hashlib.sha256(b"".join(path.read_bytes() for path in (wheel_for(row.python), *tests))).hexdigest()[:12]
+    return WORK / "passed" / f"python{row.python}-torch{row.torch}-{what}.json"
+
+
+def is_found(interpreter: Path, torch: str) -> bool:
+    """Whether pip knows a file of it, whatever constraints it works under here."""
+    command = [interpreter, "-m", "pip", "install", "-q", "--dry-run", "--no-deps", "--ignore-installed", torch]
+    env = {**os.environ, "PIP_CONSTRAINT": os.devnull}
+    return (
+        "No matching distribution found" not in subprocess.run(command, capture_output=True, text=True, env=env).stderr
+    )
+
+
 def play(row: Row, interpreter: Path, keep: bool) -> dict[str, str]:
     folder = WORK / f"python{row.python}-torch{row.torch}"
     torch = "torch" if row.torch == NEWEST else f"torch=={row.torch}"
@@ -110,8 +128,7 @@ def play(row: Row, interpreter: Path, keep: bool) -> dict[str, str]:
             python, "-c", "import torch; print(torch.__version__, torch.version.cuda or 'CPU')"
         ).strip()
     except SystemExit as error:
-        none = re.search(r"No matching distribution found for (\S+)", str(error))
-        results = {"import": f"not had: pip finds no {none.group(1)}" if none else f"FAILED: {error}"}
+        results = {"import": f"FAILED: {error}" if is_found(interpreter, torch) else f"not had: pip finds no {torch}"}
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -156,7 +173,11 @@ def main() -> int:
     rows: dict[Row, dict[str, str]] = {}
     for row in wanted:
         print(f"-- torch {row.torch} on Python {row.python}", flush=True)
-        rows[row] = play(row, found[row.python], given.keep)
+        passed = kept(row)
+        rows[row] = json.loads(passed.read_text()) if passed.exists() else play(row, found[row.python], given.keep)
+        if not any(said.startswith(("FAILED", "not had")) for said in rows[row].values()):
+            passed.parent.mkdir(exist_ok=True)
+            passed.write_text(json.dumps(rows[row]))
         print("\n".join(f"   {check}: {said}" for check, said in rows[row].items()), flush=True)
         (WORK / "table.md").write_text(render(rows, found) + "\n")
     print(f"\n{render(rows, found)}")

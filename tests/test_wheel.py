@@ -135,17 +135,15 @@ def test_a_machine_that_lacks_something_is_told_what(check):
 
 
 def test_the_matrix_says_what_failed_and_what_was_not_to_be_had(monkeypatch):
-    def no_torch(folder, python, *packages):
-        raise SystemExit("ERROR: No matching distribution found for torch==2.10.0+cpu\n")
-
     def broken(folder, python, *packages):
         raise SystemExit("disk full")
 
     row = matrix.Row.parse("2.10.0+cpu/3.10")
     monkeypatch.setattr(matrix, "wheel_for", lambda python: Path("a.whl"))
-    monkeypatch.setattr(matrix, "environment", no_torch)
-    absent = matrix.play(row, Path("python3.10"), keep=False)
     monkeypatch.setattr(matrix, "environment", broken)
+    monkeypatch.setattr(matrix, "is_found", lambda python, torch: False)
+    absent = matrix.play(row, Path("python3.10"), keep=False)
+    monkeypatch.setattr(matrix, "is_found", lambda python, torch: True)
     failed = matrix.play(row, Path("python3.10"), keep=False)
     assert failed["import"] == "FAILED: disk full"
     good = {"import": "0.1 s", "torch": "2.14.1 13.0", "CUDA stream": "bound (13.0): ...", "seconds": "9"}
