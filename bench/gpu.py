@@ -105,6 +105,7 @@ def main() -> int:
         tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
         steps.run("tests", [python, "-m", "pytest", "-q", *tests, "-k", "cuda"], keep=BENCHMARKS + SANITIZERS)
         bench = [python, "-m", "pytest", "bench", "-c", "bench/pytest.ini", "--benchmark-quiet"]
+        bench += ["--benchmark-max-time=0.2"]  # seconds a row: what a GPU needs is settled soon
         steps.run("benchmarks", [*bench, f"--benchmark-json={found}"], keep=SANITIZERS)
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
             if sanitizer := machine_code.find_tool("compute-sanitizer"):
