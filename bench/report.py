@@ -24,7 +24,7 @@ PLOTS = contenders.RESULTS / "plots"
 STYLE = Path(plot.__file__).with_name("style.css")
 OURS, EAGER = "rlhf_fast", "eager"
 PASSES = ["logprobs", "logprobs + entropy", "logprobs, forward + backward", "logprobs, forward + in-place backward"]
-HEAD = 54  # height of the title and the legend above a chart
+HEAD = 72  # height of the title, what it ran on and the legend above a chart
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -90,8 +90,9 @@ def measured(run: dict) -> dict:
 
     info, machine, commit = rlhf_fast.build_info(), run["machine_info"], run["commit_info"]
     first = run["benchmarks"][0]["extra_info"]
+    threads = f"{first['threads']} thread{'s' if first['threads'] > 1 else ''}"
     return {
-        "machine": f"{machine['cpu'].get('brand_raw', machine['machine'])}, {first['threads']} threads, {info['cpu_level']}",
+        "machine": f"{machine['cpu'].get('brand_raw', machine['machine'])}, {threads}, {info['cpu_level']}",
         "torch": info["torch"],
         "commit": f"{commit['id'][:12]}{' (dirty)' if commit['dirty'] else ''}",
         "copy_bytes_per_second": first["copy"],
@@ -109,15 +110,15 @@ def page(result: dict) -> str:
 # ------------------------------------------------------------------------------------------------------------ plots
 
 
-def figure(title: str, chart: str, series: Sequence[plot.Series]) -> str:
-    """A chart as a file of its own: with its title, a legend and the colours of the report."""
+def figure(title: str, on: str, chart: str, series: Sequence[plot.Series]) -> str:
+    """A chart as a file of its own: with its title, what it ran on, a legend and the colours of the report."""
     css = STYLE.read_text()
     rules = [
         line for line in css.splitlines() if re.match(r"\.plot [^{]|\.chart |polyline", line)
     ]  # not its width on a page
     legend, x = [], 0
     for line in series:
-        legend.append(f'<text class="t{line.colour}" x="{x}" y="40">● {escape(line.label)}</text>')
+        legend.append(f'<text class="t{line.colour}" x="{x:.0f}" y="58">● {escape(line.label)}</text>')
         x += 30 + 6.2 * len(line.label)  # the font is the reader's: about
     width, height = max(plot.WIDTH, x), plot.HEIGHT + HEAD
     placed = chart.replace("<svg ", f'<svg y="{HEAD}" width="{plot.WIDTH}" height="{plot.HEIGHT}" ', 1)
@@ -126,48 +127,55 @@ def figure(title: str, chart: str, series: Sequence[plot.Series]) -> str:
         f'font-family="system-ui, sans-serif"><style>\n{css[: css.index("* {")]}{chr(10).join(rules)}\n'
         ".plot .title { font-size: 15px; font-weight: 600; fill: var(--ink); } .back { fill: var(--card); }\n</style>"
         f'<rect class="back" x="-14" y="-8" width="{width + 28}" height="{height + 16}" rx="12"/>'
-        f'<text class="title" x="0" y="16">{escape(title)}</text>{"".join(legend)}{placed}</svg>\n'
+        f'<text class="title" x="0" y="16">{escape(title)}</text>'
+        f'<text class="unit" x="0" y="36">{escape(on)}</text>{"".join(legend)}{placed}</svg>\n'
     )
 
 
-def by_vocabulary(name: str, title: str, unit: str, series: list[plot.Series], **options) -> dict[str, str]:
+def by_vocabulary(name: str, title: str, on: str, unit: str, series: list[plot.Series], **options) -> dict[str, str]:
     """{file name: SVG}; nothing where nothing was measured."""
     series = [line for line in series if line.points]
     if not series:
         return {}
     chart = plot.line_chart(name, title, series, x_label="vocabulary", y_label=unit, include=[0], **options)
-    return {f"{name}.svg": figure(title, chart, series)}
+    return {f"{name}.svg": figure(title, on, chart, series)}
 
 
 def of_logprobs(rows: list[dict], on: str, prefix: str = "") -> dict[str, str]:
     """Share of a copy's bandwidth and memory of a call, for each type of the logits; file names begin with `prefix`."""
+    rows = [r for r in rows if r["peer"] == EAGER]
+    large = [r for r in rows if r["input_bytes"] >= contenders.MB]  # less comes from what the allocator has
+
+    def line(label: str, colour: int, rows: list[dict], case: str, value: Callable[[dict], float]) -> plot.Series:
+        points = sorted((int(r["size"].split("x")[-1]), value(r)) for r in rows if r["case"] == case)
+        return plot.Series(label, points, "marks", colour)
+
+    def memory(side: str) -> Callable[[dict], float]:
+        return lambda r: r[f"{side}_peak_bytes"] / r["input_bytes"]
+
     drawn: dict[str, str] = {}
-
-    def points(case: str, value: Callable[[dict], float]) -> list[plot.Point]:
-        return sorted(
-            (int(r["size"].split("x")[-1]), value(r)) for r in rows if r["case"] == case and r["peer"] == EAGER
-        )
-
-    def lines(kind: str, labels: dict[str, str], value: Callable[[dict], float]) -> list[plot.Series]:
-        return [
-            plot.Series(label, points(f"{case} {kind}", value), "marks", colour)
-            for colour, (case, label) in enumerate(labels.items())
-        ]
-
     for kind in ("float32", "bfloat16"):
-        shares = lines(kind, {case: case.removeprefix("logprobs, ") for case in PASSES}, lambda r: r["of_copy"])
-        title = f"Bandwidth of log-probs, {kind}, as a share of a plain copy's ({on})"
-        drawn |= by_vocabulary(f"{prefix}bandwidth-{kind}", title, "of a copy", shares, percent=True)
-        backward = PASSES[2:]
-        memory = lines(
-            kind,
-            dict(zip(backward, ["ours", "ours, in place"], strict=True)),
-            lambda r: r["ours_peak_bytes"] / r["input_bytes"],
+        shares = [
+            line(case.removeprefix("logprobs, "), colour, rows, f"{case} {kind}", lambda r: r["of_copy"])
+            for colour, case in enumerate(PASSES)
+        ]
+        drawn |= by_vocabulary(
+            f"{prefix}bandwidth-{kind}",
+            f"Bandwidth of log-probs, {kind}",
+            on,
+            "of a plain copy's",
+            shares,
+            percent=True,
         )
-        eager = points(f"{backward[0]} {kind}", lambda r: r["peer_peak_bytes"] / r["input_bytes"])
-        title = f"Memory of log-probs, {kind}, forward + backward ({on})"
-        memory.append(plot.Series(EAGER, eager, "marks", 2))
-        drawn |= by_vocabulary(f"{prefix}memory-{kind}", title, "times the logits", memory)
+        backward, in_place = (f"{case} {kind}" for case in PASSES[2:])
+        bytes_ = [
+            line("ours", 0, large, backward, memory("ours")),
+            line("ours, in place", 1, large, in_place, memory("ours")),
+            line(EAGER, 2, large, backward, memory("peer")),
+        ]
+        drawn |= by_vocabulary(
+            f"{prefix}memory-{kind}", f"Memory of log-probs, {kind}, forward + backward", on, "times the logits", bytes_
+        )
     return drawn
 
 
@@ -190,8 +198,8 @@ def of_updates(results: list[dict]) -> dict[str, str]:
 
     seconds = lines(lambda one: contenders.median(one["cpu_seconds"]))
     peak = lines(lambda one: one["peak_bytes"] / contenders.GIB)
-    return by_vocabulary("ppo-update-time", f"A PPO update ({on})", "CPU-seconds", seconds) | by_vocabulary(
-        "ppo-update-memory", f"Peak memory of PPO ({on})", "GiB", peak
+    return by_vocabulary("ppo-update-time", "A PPO update", on, "CPU-seconds", seconds) | by_vocabulary(
+        "ppo-update-memory", "Peak memory of PPO", on, "GiB", peak
     )
 
 

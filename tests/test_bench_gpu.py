@@ -41,8 +41,8 @@ def timing(case: str, size: str, who: str, median: float) -> dict:
         "who": who,
         "bytes": 9000,
         "copy": 1e9,
-        "peak": 400 if who == "eager" else 100,
-        "inputs": 200,
+        "peak": 4 << 20 if who == "eager" else 1 << 20,
+        "inputs": 2 << 20,
     }
     stats = {"median": median, "q1": median * 0.9, "q3": median * 1.1}
     return {"group": f"{case} {size}", "extra_info": info, "stats": stats}
@@ -66,7 +66,7 @@ def test_it_writes_json_table_and_plots_to_one_folder(tmp_path, monkeypatch):
     assert json.loads((folder / "result.json").read_text())["rows"][0]["ratio"] == pytest.approx(2)
     table = (folder / "table.md").read_text()
     assert "copy 1 GB/s" in table and "| tests | passed | 3 | 9 passed |" in table
-    assert "| logprobs float32 | 1x2x82 | 10.0 | eager | 2.0x | 1.6-2.4 | 0.9 | 90% | 0.0 | 0.0 |" in table
+    assert "| logprobs float32 | 1x2x82 | 10.0 | eager | 2.0x | 1.6-2.4 | 0.9 | 90% | 1.0 | 4.0 |" in table
     assert gpu.record(steps, tmp_path / "none.json") == 1, "nothing was measured"
 
 
