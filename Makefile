@@ -62,8 +62,9 @@ build/peers/%/installed: bench/peers/%.txt
 	$(@D)/bin/python -m pip install -q -r $<
 	touch $@
 
-peers: install build/peers/trl-1.12/installed
+peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
 	$(PY) -m bench.ppo_update
+	$(PY) -m bench.linear_peers
 	$(PY) -m bench.swap_in_trl
 
 # The environments that tests/adapters/parity.py knows.

@@ -139,6 +139,17 @@ def spread(values: list[float]) -> str:
     return f"{min(values):.3g}-{max(values):.3g}"
 
 
+def versions(part: object) -> str:
+    """Every version that the contenders in a result reported."""
+
+    def known(part: object) -> Result:
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        found = {key: value for one in inner for key, value in known(one).items()}
+        return found | part["versions"] if isinstance(part, dict) and "versions" in part else found
+
+    return ", ".join(f"{name} {version}" for name, version in known(part).items())
+
+
 def table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
 

@@ -235,7 +235,7 @@ def render(result: contenders.Result) -> str:
     s, found = result["settings"], result["contenders"]
     smallest = min(found, key=int)
     lines = [
-        f"{result['machine']}, {s['threads']} thread, {versions(found)}",
+        f"{result['machine']}, {s['threads']} thread, {contenders.versions(found)}",
         f"commit {result['commit']}",
         "",
         f"Llama of {s['layers']} layers, width {s['hidden']}, tied embeddings, float32; B = {s['batch']} prompts of "
@@ -276,14 +276,6 @@ def share(pair: dict[str, contenders.Result], base: dict[str, contenders.Result]
         return "-"
     ours, theirs = (pair[name]["peak_bytes"] - base[name]["peak_bytes"] for name in (OURS, PEER))
     return f"{ours / theirs:.0%}"
-
-
-def versions(found: dict[str, dict[str, contenders.Result]]) -> str:
-    known: dict[str, str] = {}
-    for pair in found.values():
-        for one in pair.values():
-            known |= one.get("versions", {})
-    return ", ".join(f"{name} {version}" for name, version in known.items())
 
 
 def main() -> None:

@@ -416,8 +416,11 @@ def variant(call: Call) -> str:
 def units_of(name: str, call: Call) -> float:
     """The allowed error of this call, in epsilons."""
     kind, units = variant(call), OPS[name].units
-    if kind == "whiten":  # rounded twice: as advantages, and once whitened
-        return 4.0
+    if kind == "whiten":  # rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened
+        wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.kwargs.items()}
+        advantages, _ = OPS[name].reference(*(v.double() for v in call.args), **wide | {"whiten": False})
+        kept = advantages[call.kwargs["mask"] != 0] if call.kwargs.get("mask") is not None else advantages.flatten()
+        return 4.0 + float(kept.abs().max() / (kept.std() + 1e-4)) if kept.numel() > 1 else 4.0
     if kind == "softcap":  # z = cap tanh(..) / temperature is itself a rounded number as large as this
         smallest = torch.cat([torch.as_tensor(call.kwargs.get("temperature", 1.0)).flatten(), torch.ones(1)]).min()
         return units + call.kwargs["softcap"] / float(smallest)

@@ -6,7 +6,7 @@ the k1 and k3 penalty and the score on the last token (`shape_rewards`), the loo
 name is here.
 
 Not here: masked_var (no op of ours gives a variance alone; nothing but masked_whiten calls it) and the log-probs from hidden
-states (_ChunkedLogProbFunction of 1.16, patch_chunked_lm_head of 1.12), which keep running as they are.
+states of 1.12 (patch_chunked_lm_head), which keep running as they are.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.adapters._patch import Replacement, assert_same
-from rlhf_fast.ops import gather_logprobs
+from rlhf_fast.ops import gather_logprobs, linear_logprobs
 from rlhf_fast.ops import masked_mean as _masked_mean
 from rlhf_fast.ops import masked_whiten as _masked_whiten
 
@@ -69,6 +69,50 @@ def _fused_logprob_entropy(
     return gather_logprobs(logits, index, temperature=temperature, mask=_rows(row_mask), with_entropy=True)
 
 
+class _ChunkedLogProbFunction:
+    """trl.kernels.ChunkedLogProbFunction of TRL 1.16: log-probs and entropy from hidden states, what its GRPO and RLOO ask for.
+
+    `chunk_size` is not used: our workspace is bounded in bytes. Left to TRL's own: the other outputs (log_sum_sq_probs,
+    mean_logits, is_top1), which no op of ours gives, a weight wider than the hidden states outside autocast, whose gradient
+    would be rounded to their dtype, and weights that DeepSpeed ZeRO-3 gathers for TRL's backward pass alone.
+    """
+
+    of_trl: type | None = None  # set before ours takes its place
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("_ChunkedLogProbFunction has no instances: call `apply`")
+
+    @classmethod
+    def apply(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        rounded = weight.element_size() > hidden.element_size() and not torch.is_autocast_enabled(hidden.device.type)
+        if {"log_sum_sq_probs", "mean_logits", "is_top1"} & set(outputs) or rounded or hasattr(weight, "ds_id"):
+            of_trl = cls.of_trl or importlib.import_module("trl.kernels").ChunkedLogProbFunction
+            options = chunk_size, final_logit_softcapping, logit_scale, outputs
+            return of_trl.apply(hidden, weight, bias, targets, temperature, *options)
+        found = linear_logprobs(
+            hidden,
+            weight.to(hidden.dtype),
+            targets,
+            bias=bias if bias is None else bias.to(hidden.dtype),
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            with_entropy="entropy" in outputs,
+        )
+        return (*(found if "entropy" in outputs else (found, None)), None, None, None)
+
+
 def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
     """trl.experimental.ppo.ppo_trainer.masked_mean; 0 where the mask keeps nothing (TRL: NaN)."""
     return _masked_mean(values, _weights(mask), dim=axis)
@@ -109,15 +153,19 @@ def replacements() -> list[Replacement]:
             Replacement(ppo, "masked_whiten", masked_whiten, _check_whiten),
         ]
     both = Replacement(utils, "selective_log_softmax_and_entropy", selective_log_softmax_and_entropy, _check_both)
+    theirs = importlib.import_module(utils)._ChunkedLogProbFunction
+    if theirs is not _ChunkedLogProbFunction:
+        _ChunkedLogProbFunction.of_trl = theirs
+    found += [both, Replacement(utils, "_ChunkedLogProbFunction", _ChunkedLogProbFunction, _check_chunked)]
     device = _triton_device()
     if device is None:
-        return [*found, both]
+        return found
 
     def check_kernel(original, ours):
         logits, index = (x.to(device) for x in _logits_and_index())
         assert_same(original, ours, logits, index, 0.7, (index > 1).int())
 
-    return [*found, both, Replacement(utils, "_fused_logprob_entropy", _fused_logprob_entropy, check_kernel)]
+    return [*found, Replacement(utils, "_fused_logprob_entropy", _fused_logprob_entropy, check_kernel)]
 
 
 def _triton_device() -> str | None:
@@ -149,6 +197,15 @@ def _check_both(original, ours):
     logits, index = _logits_and_index()
     for requires_grad in (True, False):
         assert_same(original, ours, logits, index, requires_grad, 0.7, index > 1)
+
+
+def _check_chunked(original, ours):
+    hidden, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((7, 5), (11, 5), (11,)))
+    targets = torch.randint(11, (7,))
+    for outputs in ((), ("entropy",), ("entropy", "is_top1")):
+        options = 0.7, 4, 3.0, 0.5, outputs
+        assert_same(original.apply, ours.apply, hidden, weight, bias, targets, *options)
+    assert_same(original.apply, ours.apply, hidden, weight, None, targets, 1.0, 4, None, 1.0, ())
 
 
 def _check_mean(original, ours):

@@ -19,7 +19,7 @@ def cases() -> list:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return kernel(utils)
     new = importlib.metadata.version("trl") != "1.12.0"
-    return [*log_probs(utils, new), *entropies(utils, new), *(both(utils) if new else ppo())]
+    return [*log_probs(utils, new), *entropies(utils, new), *(both(utils) + chunked(utils) if new else ppo())]
 
 
 def logits(draw: Draw, *dtypes: torch.dtype, masked_columns: bool = False) -> torch.Tensor:
@@ -169,6 +169,70 @@ def both(utils):
             "bf16 and fp16, against TRL on float64",
             gradient_tolerance=ROUNDING,
         ),
+    ]
+
+
+def chunked(utils):
+    theirs, mine = utils._ChunkedLogProbFunction, ours._ChunkedLogProbFunction
+    sums = ("log_sum_sq_probs", "mean_logits", "is_top1")
+
+    def draw_chunked(draw, dtype, *more):
+        n, h, v = draw.size(20, 0), draw.size(24), draw.one_of(2, 7, 33, 257, 1000)
+        hidden = draw.normal(n, h, dtype=dtype, grad=draw.one_of(True, True, False))
+        weight = draw.normal(v, h, scale=draw.one_of(0.1, 1.0), dtype=dtype, grad=draw.one_of(True, False))
+        bias = draw.one_of(None, draw.normal(v, dtype=dtype, grad=True))
+        options = draw.one_of(1.0, 0.7, 2.5), draw.one_of(v, 1 + v // 3), draw.one_of(None, 5.0), draw.one_of(1.0, 0.3)
+        return hidden, weight, bias, draw.integers(v, n), *options, (*draw.one_of((), ("entropy",)), *more)
+
+    def exact(hidden, weight, bias, targets, temperature, _, cap, scale, outputs):
+        logits = torch.nn.functional.linear(*(x if x is None else x.double() for x in (hidden, weight, bias))) * scale
+        log_p = ((logits if cap is None else cap * torch.tanh(logits / cap)) / temperature).log_softmax(-1)
+        logprobs = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return logprobs, -(log_p.exp() * log_p).sum(-1) if "entropy" in outputs else None
+
+    def rounded(draw):
+        arguments = draw_chunked(draw, torch.bfloat16)
+        truth = exact(*arguments)
+        leaves = [x for x in arguments[:3] if x is not None and x.requires_grad]
+        distance = {}
+        for whose, found in (("exact", truth), ("TRL", theirs.apply(*arguments)), ("ours", mine.apply(*arguments))):
+            upstream = torch.autograd.grad(sum(x.sum() for x in found[:2] if x is not None), leaves) if leaves else ()
+            distance[whose] = torch.cat([x.double().flatten() for x in (*found[:2], *upstream) if x is not None])
+        ours, trl = ((distance[whose] - distance["exact"]) for whose in ("ours", "TRL"))
+        assert ours.norm() <= 1.5 * trl.norm() + 2.0**-8 * distance["exact"].norm(), (ours.norm(), trl.norm())
+        return ours[: len(arguments[3])].abs().max().item() if len(arguments[3]) else None
+
+    def float64(draw):
+        arguments = draw_chunked(draw, torch.float64)
+        truth = exact(*arguments)[0]
+        trl, ours = (f(*arguments)[0] for f in (theirs.apply, mine.apply))
+        assert not len(truth) or (ours - truth).abs().max() < 1e-12
+        return (trl - truth).abs().max().item() if len(truth) else None
+
+    name = "_ChunkedLogProbFunction.apply"
+    return [
+        Case(
+            name,
+            theirs.apply,
+            mine.apply,
+            lambda draw: draw_chunked(draw, torch.float32),
+            "log-probs and entropy; its sums are float32",
+            gradient_tolerance=3e-5,
+        ),
+        Case(
+            name,
+            theirs.apply,
+            mine.apply,
+            lambda draw: draw_chunked(draw, torch.float32, draw.one_of(*sums)),
+            "with outputs that ours leaves to TRL's own",
+        ),
+        Difference(
+            name,
+            "bf16: both round the logits to bf16; {} is the furthest that ours lies from float64",
+            rounded,
+            inputs=100,
+        ),
+        Difference(name, "float64: TRL computes in float32, off by up to {}; ours within 1e-12", float64, inputs=50),
     ]
 
 
