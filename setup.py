@@ -29,6 +29,7 @@ except ImportError as error:
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
 OBJECTS = Path(os.environ["RLHF_FAST_OBJECTS"]).resolve() if os.environ.get("RLHF_FAST_OBJECTS") else None
+OUR_FOLDERS = [ROOT, Path(torch.__file__).parents[1]]  # not named in messages
 OLDEST_TORCH = (2, 10)
 # The machine code of a major version's first GPU runs on all of it. That of 8.9 would be that of 8.6 bit for bit, and both are
 # 8.0's but for the order of instructions and at most 3 registers: not worth half a megabyte of the wheel each.
@@ -45,7 +46,7 @@ CUDA_FLAGS = [
     "--compress-mode=size",
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fvisibility=hidden",
-    f"-Xcompiler=-fmacro-prefix-map={ROOT}/=",
+    *(f"-Xcompiler=-fmacro-prefix-map={folder}/=" for folder in OUR_FOLDERS),
 ]
 
 
@@ -142,7 +143,7 @@ def extension():
             "-fopenmp-simd",  # SIMD pragmas without the OpenMP runtime: threads are torch's own
             "-fno-math-errno",
             "-fno-trapping-math",  # never -ffast-math: inf and NaN have meanings here
-            f"-fmacro-prefix-map={ROOT}/=",
+            *(f"-fmacro-prefix-map={folder}/=" for folder in OUR_FOLDERS),
         ]
     }
     if wanted == "1":

@@ -290,9 +290,10 @@ inline void* current_stream(const Tensor& t) {
 template <class Kernel, class... Args>
 void launch(const Tensor& on, Kernel kernel, int64_t blocks, int threads, Args... args) {
   if (blocks == 0) return;
+  auto* stream = static_cast<cudaStream_t>(current_stream(on));  // first: without CUDA in torch, only this says so
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "rlhf_fast: ", blocks, " thread blocks are more than a grid holds");
-  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, static_cast<cudaStream_t>(current_stream(on))>>>(args...);
+  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream>>>(args...);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice,
                   "rlhf_fast: this build holds no code for this GPU; rebuild with TORCH_CUDA_ARCH_LIST set to its compute capability");

@@ -85,7 +85,7 @@ def check_contract(which: str) -> str:
         "-m",
         "pytest",
         "-q",
-        "-x",
+        "--tb=line",
         "-p",
         "no:cacheprovider",
         "tests/test_contract.py",
