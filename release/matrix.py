@@ -96,6 +96,13 @@ def refused(python: Path, wheel: Path) -> dict[str, str]:
     return {"torch 2.9": "refused at import, named by pip" if good and named else f"FAILED: {checked[-800:]} {said}"}
 
 
+def kept(row: Row) -> Path:
+    """Where the results of a row that passed are."""
+    tests = [ROOT / "release" / "smoke.py", *sorted((ROOT / "tests").glob("*.py"))]
+    what = hashlib.sha256(b"".join(path.read_bytes() for path in (wheel_for(row.python), *tests))).hexdigest()[:12]
+    return WORK / "passed" / f"python{row.python}-torch{row.torch}-{what}.json"
+
+
 def is_found(interpreter: Path, torch: str) -> bool:
     """Whether pip knows a file of it, whatever constraints it works under here."""
     command = [interpreter, "-m", "pip", "install", "-q", "--dry-run", "--no-deps", "--ignore-installed", torch]
