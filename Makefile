@@ -4,9 +4,11 @@
 #   make test      the test suite, with the CUDA kernels emulated on the CPU
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
 #   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
+#   make soak      stages killed KILLS times (default 1000), checkpoints damaged in CASES ways (2000): the same bits, or a clear error
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
 #   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
-#   make parity    every function that rlhf_fast.patch replaces beside the library's own, each library in an environment under build/peers
+#   make parity    every function that rlhf_fast.patch replaces beside the library's own, each library in an environment under build/peers;
+#                  NEMO_RL=CHECKOUT adds NeMo-RL
 #   make gpu       on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks; nine minutes
 #   make machine-code   registers, spills, occupancy and 16-byte loads of every CUDA kernel and architecture; needs nvcc, no GPU
 #   make wheel     wheels for every CPython from 3.10 to 3.14 that is found, and a source archive, in dist/; needs no CUDA toolkit
@@ -17,11 +19,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 N ?= 2000
+KILLS ?= 1000
+CASES ?= 2000
 # On machines without a GPU one architecture is enough to prove that the CUDA sources compile.
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test emulate fuzz bench peers parity gpu machine-code wheel matrix lint clean install
+.PHONY: demo test emulate fuzz soak bench peers parity gpu machine-code wheel matrix lint clean install
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -53,6 +57,10 @@ fuzz: install
 	RLHF_FAST_BAD_CALLS=all RLHF_FAST_SLOW=1 $(PY) -m pytest tests/test_bad_calls.py tests/test_contract_table.py \
 	  -k "wrong_calls or more_tokens and not emulated"
 
+soak: install
+	$(PY) -m tests.train.kill --kills $(KILLS)
+	$(PY) -m tests.train.damage --cases $(CASES)
+
 bench: install
 	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet
 	$(PY) -m bench.report bench/results/last.json
@@ -60,6 +68,8 @@ bench: install
 build/peers/%/installed: bench/peers/%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q -r $<
+	if [ -e $(<:.txt=.no-deps.txt) ]; then $(@D)/bin/python -m pip install -q --no-deps --no-build-isolation -r $(<:.txt=.no-deps.txt); fi
+	if [ $* = nemo-rl ]; then $(@D)/bin/python -m pip install -q --no-deps --ignore-requires-python -e $(NEMO_RL); fi
 	touch $@
 
 peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
@@ -67,9 +77,10 @@ peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
 	$(PY) -m bench.linear_peers
 	$(PY) -m bench.swap_in_trl
 
-# The environments that tests/adapters/parity.py knows.
-parity: install $(patsubst %,build/peers/%/installed,trl-1.12 trl-1.16 trl-1.16-triton)
-	$(PY) -m tests.adapters.parity
+# The environments that tests/adapters/parity.py knows. NEMO_RL is a checkout of NeMo-RL, which is on no index.
+PARITY := trl-1.12 trl-1.16 trl-1.16-triton verl-0.9 openrlhf-0.11 $(if $(NEMO_RL),nemo-rl)
+parity: install $(PARITY:%=build/peers/%/installed)
+	$(PY) -m tests.adapters.parity $(PARITY)
 
 gpu: install
 	$(PY) -m bench.gpu

@@ -1,4 +1,4 @@
-"""The demo's PPO, with log-probs from hidden states and from whole logits in plain PyTorch: the same learning curve.
+"""The demo's PPO, with log-probs and loss from hidden states and from whole logits in plain PyTorch: the same learning curve.
 
     python -m bench.learning_curve [--updates 20] [--seed 0] [--dtype float64]
 
@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from rlhf_fast import demo
+from rlhf_fast.ops.ppo_loss_from_logits import ppo_loss_from_logits_reference
 from rlhf_fast.train import ppo, reward, rollout, sft
 from rlhf_fast.train.config import from_dict
 from rlhf_fast.train.model import forward_inputs
@@ -24,18 +25,26 @@ from rlhf_fast.train.model import forward_inputs
 CLOCKED = ("seconds", "cpu_seconds", "eps", "tokens_per_second")
 
 
+def eager_logits(model, ids, mask, length):
+    return model(**forward_inputs(model, ids[:, :-1], mask[:, :-1])).logits[:, -length:]
+
+
 def eager_logprobs(model, ids, mask, length, *, temperature, response_mask, with_entropy=False, full_logits=False):
-    logits = model(**forward_inputs(model, ids[:, :-1], mask[:, :-1])).logits[:, -length:] / temperature
-    table = logits.log_softmax(-1)
+    table = (eager_logits(model, ids, mask, length) / temperature).log_softmax(-1)
     logprobs = table.gather(2, ids[:, -length:, None]).squeeze(2) * response_mask
     return (logprobs, -(table.exp() * table).sum(-1) * response_mask) if with_entropy else logprobs
+
+
+def eager_ppo_loss(model, ids, mask, length, *tensors, full_logits=False, **options):
+    logits = eager_logits(model, ids, mask, length)
+    return ppo_loss_from_logits_reference(logits, ids[:, -length:], *tensors, **options)
 
 
 @contextlib.contextmanager
 def plain_torch():
     with (
         mock.patch.object(rollout, "response_logprobs", eager_logprobs),
-        mock.patch.object(ppo, "response_logprobs", eager_logprobs),
+        mock.patch.object(ppo, "response_ppo_loss", eager_ppo_loss),
     ):
         yield
 

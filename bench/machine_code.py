@@ -32,7 +32,14 @@ ROOT = Path(__file__).parents[1]
 BASELINE = ROOT / "bench" / "results" / "machine_code.json"
 
 # Kernels that memory bounds, and how many arrays of their element type the main loop reads.
-WIDE = {"gather_logprobs_kernel": 1, "gather_logprobs_backward_kernel": 1, "gae_kernel": 2}
+WIDE = {
+    "gather_logprobs_kernel": 1,
+    "gather_logprobs_backward_kernel": 1,
+    "gae_kernel": 2,
+    "ppo_loss_rows_kernel": 1,
+    "ppo_loss_held_rows_kernel": 1,
+    "ppo_scale_gradient_kernel": 1,
+}
 BYTES = {"double": 8, "float": 4, "Half": 2, "BFloat16": 2}
 
 # A multiprocessor: threads, blocks, bytes of shared memory (CUDA programming guide, "Compute capabilities").

@@ -261,6 +261,12 @@ inline OptionalTensor contiguous_mask(const char* op, const OptionalTensor& mask
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+struct ClusterGrid {
+  int64_t blocks;
+  int threads, cluster;   // of a block; `cluster` blocks in a row run together and see each other's shared memory
+  int64_t shared_bytes;   // of a block, beyond what the kernel itself declares
+};
+
 #if !defined(RLHF_DEVICE_CODE)
 
 // f(i) for i in [0, n), split over threads in pieces of about 32k elements. f must not throw: the text would be lost.
@@ -286,19 +292,54 @@ inline void* current_stream(const Tensor& t) {
   return stream;
 }
 
-// Launches on the current stream of `on`'s device.
-template <class Kernel, class... Args>
-void launch(const Tensor& on, Kernel kernel, int64_t blocks, int threads, Args... args) {
-  if (blocks == 0) return;
-  auto* stream = static_cast<cudaStream_t>(current_stream(on));  // first: without CUDA in torch, only this says so
-  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "rlhf_fast: ", blocks, " thread blocks are more than a grid holds");
-  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream>>>(args...);
-  const cudaError_t error = cudaGetLastError();
+inline int compute_capability(const Tensor& on) {  // 90 for 9.0
+  int major = 0, minor = 0;
+  const int device = on.get_device_index();
+  const bool known = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  STD_TORCH_CHECK(known, "rlhf_fast: CUDA does not say what GPU this is");
+  return 10 * major + minor;
+}
+
+inline void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice,
                   "rlhf_fast: this build holds no code for this GPU; rebuild with TORCH_CUDA_ARCH_LIST set to its compute capability");
   STD_TORCH_CHECK(error != cudaErrorInsufficientDriver, "rlhf_fast: the NVIDIA driver is too old for CUDA ", CUDART_VERSION / 1000);
   STD_TORCH_CHECK(error == cudaSuccess, "rlhf_fast: ", cudaGetErrorString(error));
+}
+
+inline unsigned grid_size(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "rlhf_fast: ", blocks, " thread blocks are more than a grid holds");
+  return static_cast<unsigned>(blocks);
+}
+
+// Launches on the current stream of `on`'s device. The stream comes first: without CUDA in torch, only asking for it says so.
+template <class Kernel, class... Args>
+void launch(const Tensor& on, Kernel kernel, int64_t blocks, int threads, Args... args) {
+  if (blocks == 0) return;
+  auto* const stream = static_cast<cudaStream_t>(current_stream(on));
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  kernel<<<dim3(grid_size(blocks)), dim3(threads), 0, stream>>>(args...);
+  check_launch(cudaGetLastError());
+}
+
+template <class... Parameters, class... Args>
+void launch(const Tensor& on, void (*kernel)(Parameters...), const ClusterGrid& grid, Args... args) {
+  if (grid.blocks == 0) return;
+  auto* const stream = static_cast<cudaStream_t>(current_stream(on));
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid_size(grid.blocks));
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1;
+  check_launch(cudaLaunchKernelEx(&config, kernel, Parameters(args)...));
 }
 
 #endif

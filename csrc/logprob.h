@@ -12,9 +12,15 @@
 // Bytes, for rows of V logits of e bytes: forward reads e V; backward reads e V and writes e V, in place or not. The minimum.
 //
 // A row is reduced in an order that V alone decides: the same bits whatever batch it stands in, padded or packed.
+//
+// The logits may also come as slices of the vocabulary, by tiles or on several devices. Then (m, s, w) of each slice and the
+// label's logit are a row's statistics, [rows, 4] in double; logprob_slice_statistics makes them, or adds a slice to those of
+// the ones before it, logprob_slices_combine turns them into what gather_logprobs returns, and logprob_slice_backward gives the
+// gradient of a slice from the m, log s and H of the whole.
 #pragma once
 
-#include "numerics.h"
+#include "loops.h"
+#include "on_chip.h"
 
 namespace rlhf_fast::RLHF_UNIT {
 
@@ -22,8 +28,23 @@ namespace rlhf_fast::RLHF_UNIT {
 struct LogitRows {
   int64_t rows = 1, inner = 1, vocab = 0;
   int64_t outer_stride = 0, inner_stride = 0;
+  int64_t start = 0, whole = 0;  // of a slice of the vocabulary: the id of its first logit, the size of the whole
+  HOST_DEVICE bool knows(int64_t label) const { return label >= 0 && label < whole; }
   HOST_DEVICE int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
 };
+
+inline LogitRows logit_rows(const Tensor& logits) {
+  const int64_t batch_dims = logits.dim() - 1;
+  LogitRows rows;
+  rows.vocab = rows.whole = logits.size(batch_dims);
+  for (int64_t d = 0; d < batch_dims; ++d) rows.rows *= logits.size(d);
+  if (batch_dims >= 1) {
+    rows.inner = logits.size(batch_dims - 1) > 0 ? logits.size(batch_dims - 1) : 1;
+    rows.inner_stride = logits.stride(batch_dims - 1);
+  }
+  if (batch_dims == 2) rows.outer_stride = logits.stride(0);
+  return rows;
+}
 
 template <class A>
 struct LogitMap {  // x -> z, for one row
@@ -39,9 +60,12 @@ struct LogprobOptions {
   Mask mask;  // a weight a row
 
   template <class A>
+  HOST_DEVICE double tau(int64_t row) const {
+    return temperature ? static_cast<double>(static_cast<const A*>(temperature)[row]) : temperature_value;
+  }
+  template <class A>
   HOST_DEVICE LogitMap<A> map(int64_t row) const {
-    const double tau = temperature ? static_cast<double>(static_cast<const A*>(temperature)[row]) : temperature_value;
-    const double slope = logit_scale / tau;
+    const double tau = this->tau<A>(row), slope = logit_scale / tau;
     if (softcap == 0) return {static_cast<A>(slope), A(0), A(0)};
     return {static_cast<A>(slope), static_cast<A>(softcap / tau), static_cast<A>(logit_scale / softcap)};
   }
@@ -127,6 +151,8 @@ HOST_DEVICE void merge(SoftmaxSums& into, SoftmaxSums other, double slope) {
   into.dot += other.dot;
 }
 
+constexpr SoftmaxSums kNothingSummed{kMinusInfinity, 0, 0};
+
 template <class A>
 HOST_DEVICE RowStats<A> finish_row(const SoftmaxSums& s) {
   const double log_sum = log(s.sum);
@@ -134,21 +160,40 @@ HOST_DEVICE RowStats<A> finish_row(const SoftmaxSums& s) {
   return {static_cast<A>(s.max), static_cast<A>(log_sum), static_cast<A>(entropy < 0 ? 0.0 : entropy)};
 }
 
-// What one row gives out, or zero where nothing is asked of it. A label outside the vocabulary gives NaN: the CPU refuses
-// it before this is reached, a CUDA kernel cannot.
-template <bool kCapped, class T, class A>
-HOST_DEVICE void write_row(const T* x, const RowStats<A>& stats, const LogitMap<A>& map, int64_t label, int64_t vocab, double weight,
-                           bool ignored, A* logprob, A* entropy) {
+// What one row gives out, or zero where nothing is asked of it. `value` is capped() of the label's logit.
+template <class A>
+HOST_DEVICE void write_row(double value, const RowStats<A>& stats, double slope, double weight, bool ignored, A* logprob, A* entropy) {
   if (ignored || weight == 0) {
     *logprob = 0;
     if (entropy) *entropy = 0;
     return;
   }
-  const bool valid = label >= 0 && label < vocab;
-  const A value = valid ? capped<kCapped>(static_cast<A>(x[label]), map) : std::numeric_limits<A>::quiet_NaN();
-  const double below = kCapped ? static_cast<double>(value) - stats.max : (static_cast<double>(value) - stats.max) * map.slope;
+  const double below = (value - stats.max) * slope;
   *logprob = static_cast<A>(weight * (below - static_cast<double>(stats.log_sum)));
   if (entropy) *entropy = static_cast<A>(weight * stats.entropy);
+}
+
+// A label outside the vocabulary gives NaN: the CPU refuses it before this is reached, a CUDA kernel cannot.
+template <bool kCapped, class T, class A>
+HOST_DEVICE void write_row(const T* x, const RowStats<A>& stats, const LogitMap<A>& map, int64_t label, int64_t vocab, double weight,
+                           bool ignored, A* logprob, A* entropy) {
+  const bool valid = !ignored && weight != 0 && label >= 0 && label < vocab;
+  const A value = valid ? capped<kCapped>(static_cast<A>(x[label]), map) : std::numeric_limits<A>::quiet_NaN();
+  write_row(static_cast<double>(value), stats, kCapped ? 1.0 : static_cast<double>(map.slope), weight, ignored, logprob, entropy);
+}
+
+struct RowStatistics {  // of the slices of a row so far, [rows, 4]
+  SoftmaxSums sums;
+  double target;        // capped() of the label's logit; kUnseen until its slice has been
+};
+
+constexpr double kUnseen = std::numeric_limits<double>::infinity();  // of such a logit the log-prob is NaN anyway
+
+HOST_DEVICE RowStatistics no_statistics() { return {kNothingSummed, kUnseen}; }
+
+template <bool kCapped, class T, class A>
+HOST_DEVICE void take_target(RowStatistics& into, const T* x, const LogitMap<A>& map, int64_t place, int64_t vocab) {
+  if (place >= 0 && place < vocab) into.target = capped<kCapped>(static_cast<A>(x[place]), map);
 }
 
 template <bool kCapped, class F, class A>
@@ -205,37 +250,47 @@ struct LogprobCall {
   }
 };
 
+inline OptionalTensor dense_temperature(const char* op, const OptionalTensor& temperature, const Tensor& labels, ScalarType type) {
+  if (!temperature.has_value()) return temperature;
+  check_like(op, "temperature", *temperature, "labels", labels);
+  CHECK_TYPE(temperature->scalar_type() == type, op, ": `temperature` must be ", torch::headeronly::toString(type), " here, got ",
+             torch::headeronly::toString(temperature->scalar_type()));
+  return dense(*temperature);
+}
+
+inline void check_label_type(const char* op, const Tensor& labels) {
+  CHECK_TYPE(labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, op,
+             ": `labels` must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
+}
+
+struct VocabSlice {  // what the logits are of the vocabulary
+  int64_t start = 0, whole = -1;  // -1: all of it
+};
+
 inline LogprobCall logprob_call(const char* op, const Tensor& logits_, const Tensor& labels, const OptionalTensor& temperature,
                                 const OptionalTensor& mask, double temperature_value, double softcap, double logit_scale,
-                                int64_t ignore_index) {
+                                int64_t ignore_index, VocabSlice slice = {}) {
   CHECK_VALUE(logits_.dim() >= 1 && logits_.dim() <= 3, op, ": `logits` must have 1 to 3 dimensions here, got ", shape_of(logits_));
   const int64_t batch_dims = logits_.dim() - 1;
   bool match = labels.dim() == batch_dims;
   for (int64_t d = 0; match && d < batch_dims; ++d) match = labels.size(d) == logits_.size(d);
   CHECK_VALUE(match, op, ": `labels` has shape ", shape_of(labels), " but must have the shape of `logits` without its last dimension; `logits` is ",
               shape_of(logits_));
-  CHECK_TYPE(labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, op,
-             ": `labels` must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
+  check_label_type(op, labels);
   check_same_device(op, "labels", labels, "logits", logits_);
   const int64_t vocab = logits_.size(batch_dims);
-  CHECK_VALUE(vocab > 0 || labels.numel() == 0, op, ": `logits` must not have an empty vocabulary, got shape ", shape_of(logits_));
+  if (slice.whole < 0) slice = {0, vocab};
+  CHECK_VALUE(slice.whole > 0 || labels.numel() == 0, op, ": `logits` must not have an empty vocabulary, got shape ", shape_of(logits_));
+  CHECK_VALUE(slice.start >= 0 && slice.start + vocab <= slice.whole, op, ": a slice of ", vocab, " logits from ", slice.start,
+              " on must lie in the vocabulary of ", slice.whole);
 
   LogprobCall call{vocab <= 1 || logits_.stride(batch_dims) == 1 ? logits_ : dense(logits_), dense(labels)};
   call.long_labels = labels.scalar_type() == ScalarType::Long;
-  call.rows.rows = labels.numel();
-  call.rows.vocab = vocab;
-  if (batch_dims >= 1) {
-    call.rows.inner = logits_.size(batch_dims - 1) > 0 ? logits_.size(batch_dims - 1) : 1;
-    call.rows.inner_stride = call.logits.stride(batch_dims - 1);
-  }
-  if (batch_dims == 2) call.rows.outer_stride = call.logits.stride(0);
+  call.rows = logit_rows(call.logits);
+  call.rows.start = slice.start;
+  call.rows.whole = slice.whole;
 
-  if (temperature.has_value()) {
-    check_like(op, "temperature", *temperature, "labels", labels);
-    CHECK_TYPE(temperature->scalar_type() == accumulate_type(call.logits), op, ": `temperature` must be ",
-               torch::headeronly::toString(accumulate_type(call.logits)), " here, got ", torch::headeronly::toString(temperature->scalar_type()));
-    call.temperature = dense(*temperature);
-  }
+  call.temperature = dense_temperature(op, temperature, labels, accumulate_type(call.logits));
   call.mask = contiguous_mask(op, mask, "labels", labels);
   call.options = {call.temperature.has_value() ? call.temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
                   ignore_index, mask_view(op, call.mask)};
@@ -246,17 +301,19 @@ struct LogprobOutputs {
   Tensor logprobs, entropy, stats;  // the shape of the labels, the same or empty, [rows, 3]
 };
 
-inline LogprobOutputs logprob_outputs(const LogprobCall& call, bool with_entropy) {
-  const ScalarType type = accumulate_type(call.logits);
-  const Tensor& l = call.labels;
-  Tensor logprobs = empty(l, l.sizes(), type);
-  Tensor entropy = with_entropy ? empty(l, l.sizes(), type) : empty(l, {0}, type);
-  Tensor stats = empty(l, {call.rows.rows, 3}, type);
+inline LogprobOutputs logprob_outputs(const Tensor& labels, ScalarType type, bool with_entropy) {
+  Tensor logprobs = empty(labels, labels.sizes(), type);
+  Tensor entropy = with_entropy ? empty(labels, labels.sizes(), type) : empty(labels, {0}, type);
+  Tensor stats = empty(labels, {labels.numel(), 3}, type);
   return {logprobs, entropy, stats};
+}
+inline LogprobOutputs logprob_outputs(const LogprobCall& call, bool with_entropy) {
+  return logprob_outputs(call.labels, accumulate_type(call.logits), with_entropy);
 }
 
 // Where the gradient goes: a new contiguous tensor, or over the logits. `rows` describes the target.
-inline Tensor gradient_target(const char* op, const LogprobCall& call, const Tensor& logits, bool inplace, LogitRows& rows) {
+inline Tensor gradient_target(const char* op, const LogprobCall& call, const Tensor& logits, bool inplace, LogitRows& rows,
+                              const char* argument = "inplace_backward") {
   rows = call.rows;
   if (!inplace) {
     Tensor target = empty(logits, logits.sizes());
@@ -268,8 +325,8 @@ inline Tensor gradient_target(const char* op, const LogprobCall& call, const Ten
   const bool apart = one_row || (rows.inner_stride >= rows.vocab && (rows.rows <= rows.inner || rows.outer_stride >= rows.inner_stride * rows.inner)) ||
                      (rows.outer_stride >= rows.vocab && rows.inner_stride >= rows.outer_stride * (rows.rows / rows.inner)) ;
   CHECK_VALUE(rows.vocab <= 1 || logits.stride(logits.dim() - 1) == 1, op,
-              ": `inplace_backward` needs logits whose last stride is 1, got ", logits.stride(logits.dim() - 1));
-  CHECK_VALUE(apart, op, ": `inplace_backward` needs rows that do not share memory; these `logits` are expanded or overlap");
+              ": `", argument, "` needs logits whose last stride is 1, got ", logits.stride(logits.dim() - 1));
+  CHECK_VALUE(apart, op, ": `", argument, "` needs rows that do not share memory; these `logits` are expanded or overlap");
   return logits;
 }
 
@@ -385,13 +442,12 @@ HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumul
 constexpr double kHeadroom = 1.0;
 
 // The maximum so far is the reference of the next block, so that it is read once; the first block, and one that rises above the
-// headroom, is read again out of L1.
+// headroom, is read again out of L1. A slice of a row goes on from the sums of those before it, `total`.
 template <bool kCapped, bool kEntropy, class T>
-CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map) {
+CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumulate_t<T>> map, SoftmaxSums total = kNothingSummed) {
   using A = accumulate_t<T>;
-  SoftmaxSums total{kMinusInfinity, 0, 0};
   const double slope = kCapped ? 1.0 : static_cast<double>(map.slope);
-  double reference = kMinusInfinity;
+  double reference = total.max;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
     SoftmaxSums block{std::numeric_limits<double>::infinity(), 0, 0};
@@ -416,8 +472,8 @@ CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumula
   return total;
 }
 
-template <bool kCapped, bool kEntropy, class T>
-CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, RowGradient<kCapped, kEntropy, accumulate_t<T>> gradient) {
+template <class Gradient, class T>
+CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, Gradient gradient) {
   for_lanes(x, vocab, [&](int64_t first, LogitLanes<T> lanes, auto) ALWAYS_INLINE {
     for_constants<LogitLanes<T>::kParts>([&](auto part) ALWAYS_INLINE { lanes.part[part] = gradient(lanes.part[part], accumulate_t<T>(0)); });
     if (first >= 0) return lanes.store(dx + first);
@@ -427,14 +483,23 @@ CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, RowGradient<kCapp
   });
 }
 
+// `place`: of the label, which may lie outside a slice.
+template <class Gradient, class T, class A>
+void row_gradient_with_label(const T* x, T* dx, int64_t vocab, int64_t place, const Gradient& gradient, A a) {
+  const bool has_label = place >= 0 && place < vocab;
+  const A at_label = has_label ? static_cast<A>(x[place]) : A(0);  // before an in-place write
+  row_gradient(x, dx, vocab, gradient);
+  if (has_label) dx[place] = narrow<T>(gradient(at_label, a));
+}
+
 // Refused here, on one thread: an exception thrown inside parallel_for would lose its text.
 inline void check_rows(const char* op, const LogprobCall& call) {
   const void* labels = call.labels.const_data_ptr();
   for (int64_t row = 0; row < call.rows.rows; ++row) {
     const int64_t label = LogprobCall::label(labels, call.long_labels, row);
     if (label == call.options.ignore_index || call.options.mask[row] == 0) continue;
-    CHECK_VALUE(label >= 0 && label < call.rows.vocab, op, ": `labels` holds ", label, " at flat position ", row,
-                "; a label must be in [0, ", call.rows.vocab, "), or ignore_index = ", call.options.ignore_index, ", or masked");
+    CHECK_VALUE(call.rows.knows(label), op, ": `labels` holds ", label, " at flat position ", row, "; a label must be in [0, ",
+                call.rows.whole, "), or ignore_index = ", call.options.ignore_index, ", or masked");
   }
   if (!call.temperature.has_value()) return;
   for_real(call.temperature->scalar_type(), op, "temperature", [&](auto zero) {
@@ -482,9 +547,37 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
   return {o.logprobs, o.entropy, o.stats};
 }
 
+// statistics: [rows, 4], written afresh or added to.
+inline void slice_statistics(const char* op, const LogprobCall& call, bool with_entropy, bool fresh, const Tensor& statistics) {
+  check_rows(op, call);
+  const void* labels = call.labels.const_data_ptr();
+  auto* rows_out = reinterpret_cast<RowStatistics*>(out<double>(statistics));
+  for_logits(call.logits.scalar_type(), op, "logits", [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulate_t<T>;
+    const T* x = in<T>(call.logits);
+    auto run = [&](auto is_capped, auto has_entropy) {
+      constexpr bool kCapped = decltype(is_capped)::value;
+      parallel_for(call.rows.rows, call.rows.vocab, [&](int64_t row) {
+        RowStatistics total = fresh ? no_statistics() : rows_out[row];
+        const int64_t label = LogprobCall::label(labels, call.long_labels, row);
+        if (label != call.options.ignore_index && call.options.mask[row] != 0) {
+          const LogitMap<A> map = call.options.map<A>(row);
+          const T* logits_row = x + call.rows.offset(row);
+          total.sums = softmax_sums<kCapped, decltype(has_entropy)::value>(logits_row, call.rows.vocab, map, total.sums);
+          take_target<kCapped>(total, logits_row, map, label - call.rows.start, call.rows.vocab);
+        }
+        rows_out[row] = total;
+      });
+    };
+    if (call.options.softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
+    else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+  });
+}
+
 inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
-                                                const Tensor& logits, const LogprobCall& call, const Tensor& stats) {
-  const char* op = "gather_logprobs";
+                                            const Tensor& logits, const LogprobCall& call, const Tensor& stats,
+                                            const char* op = "gather_logprobs") {
   check_stats(op, stats, call);
   check_rows(op, call);
   const UpstreamGradients up = upstream(op, grad_logprobs, grad_entropy, call);
@@ -511,11 +604,8 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
           memset(static_cast<void*>(target_row), 0, sizeof(T) * call.rows.vocab);
           return;
         }
-        const T* logits_row = x + call.rows.offset(row);
-        const A at_label = static_cast<A>(logits_row[label]);  // before an in-place write
         const Gradient gradient(call.options.map<A>(row), stats_in[row], a, b);
-        row_gradient(logits_row, target_row, call.rows.vocab, gradient);
-        target_row[label] = narrow<T>(gradient(at_label, a));
+        row_gradient_with_label(x + call.rows.offset(row), target_row, call.rows.vocab, label - call.rows.start, gradient, a);
       });
     };
     const bool has_entropy = up.entropy.has_value();
@@ -524,7 +614,6 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
   });
   return target;
 }
-
 
 // ---------------------------------------------------------------------------------------------------------------------
 #else
@@ -608,12 +697,42 @@ HOST_DEVICE void merge(RowTotals& into, const RowTotals& other) {
 }
 
 constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
-constexpr int64_t kWarpRowVocab = 2048;  // rows up to here are read by one warp
 constexpr int kRowThreads = 256;
 // Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; 128 for double.
 template <int kThreads, bool kCapped, class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 2 : kThreads == kWarp ? 6 : kCapped ? 3 : 4;
+template <bool kCapped, class T>
+constexpr int kInFlight = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs a thread
 constexpr int kPiecePacks = 16 * kRowThreads;  // of the backward, at most: enough work to pay for a block's start
+
+// The sums of what a reader reads, by a warp (kThreads == 32) or a whole block; to thread 0 of it. keep(pack, granule): each pack,
+// to the thread that has read it.
+template <int kThreads, bool kCapped, bool kEntropy, class T, bool kAgain, class Keep>
+__device__ SoftmaxSums read_packs(const RowReader<T, kAgain>& reader, const LogitMap<accumulate_t<T>>& map, const Keep& keep) {
+  using A = accumulate_t<T>;
+  constexpr int kUnroll = kInFlight<kCapped, T>;
+  const A slope = kCapped ? A(1) : map.slope, scale = slope * static_cast<A>(kLog2E);
+  const T fill = static_cast<T>(-std::numeric_limits<float>::infinity());
+  const int count = reader.packs();
+  ThreadSums<A> mine;
+  for (int pack = threadIdx.x % kThreads; pack < count; pack += kThreads * kUnroll) {
+    Granule packs[kUnroll];
+    reader.load(pack, kThreads, fill, packs);
+    UNROLL
+    for (int u = 0; u < kUnroll; ++u)
+      if (pack + u * kThreads < count) keep(pack + u * kThreads, packs[u]);
+    mine.template add<T, kCapped, kEntropy>(packs, map, scale, [&](int u) { return reader.inside(pack + u * kThreads); });
+  }
+  const A max = block_max<kThreads>(mine.max);
+  mine.rescale(max, scale);
+  const RowTotals total = block_merge<kThreads>(RowTotals{static_cast<double>(mine.sum), static_cast<double>(mine.dot) * slope});
+  return {total.sum == 0 ? kMinusInfinity : static_cast<double>(max), total.sum, total.dot};
+}
+
+template <int kThreads, bool kCapped, bool kEntropy, bool kAgain = false, class T>
+__device__ SoftmaxSums read_row(const T* x, int64_t vocab, const LogitMap<accumulate_t<T>>& map) {
+  return read_packs<kThreads, kCapped, kEntropy>(RowReader<T, kAgain>(x, vocab), map, [](int, const Granule&) {});
+}
 
 // One row by kThreads threads: a warp (several rows a block) or a whole block.
 template <int kThreads, bool kCapped, bool kEntropy, class T>
@@ -625,10 +744,8 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
                            accumulate_t<T>* entropy,           // [rows] or null
                            RowStats<accumulate_t<T>>* stats) {  // [rows]
   using A = accumulate_t<T>;
-  constexpr int kUnroll = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs in flight a thread
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x);
   if (row >= rows.rows) return;  // whole warps leave together, and only where no block barrier follows
-  const int lane = threadIdx.x % kThreads;
   const int64_t label = LogprobCall::label(labels, long_labels, row);
   const double weight = options.mask[row];
   const bool ignored = label == options.ignore_index;
@@ -636,82 +753,105 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   const T* x = logits + rows.offset(row);
 
   RowStats<A> row_stats{};
-  if (!ignored && weight != 0) {
-    const A slope = kCapped ? A(1) : map.slope, scale = slope * static_cast<A>(kLog2E);
-    const T fill = static_cast<T>(-std::numeric_limits<float>::infinity());
-    const RowReader<T> reader(x, rows.vocab);
-    const int packs_in_row = static_cast<int>((rows.vocab + kPack<T> - 1) / kPack<T>);
-    ThreadSums<A> mine;
-    for (int pack = lane; pack < packs_in_row; pack += kThreads * kUnroll) {
-      Granule packs[kUnroll];
-      reader.load(pack, kThreads, fill, packs);
-      mine.template add<T, kCapped, kEntropy>(packs, map, scale, [&](int u) { return reader.inside(pack + u * kThreads); });
-    }
-    const A max = block_max<kThreads>(mine.max);
-    mine.rescale(max, scale);
-    const RowTotals total = block_merge<kThreads>(RowTotals{static_cast<double>(mine.sum), static_cast<double>(mine.dot) * slope});
-    row_stats = finish_row<A>({total.sum == 0 ? kMinusInfinity : static_cast<double>(max), total.sum, total.dot});
-  }
-  if (lane != 0) return;
+  if (!ignored && weight != 0) row_stats = finish_row<A>(read_row<kThreads, kCapped, kEntropy>(x, rows.vocab, map));
+  if (threadIdx.x % kThreads != 0) return;
   stats[row] = row_stats;
   write_row<kCapped>(x, row_stats, map, label, rows.vocab, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
 }
 
-// A row by a warp, or cut into `pieces` blocks of `piece_packs` packs. Packs are counted from the first 16-byte boundary of the
-// target, so that they are stored whole wherever the row lies; what stands before and after them is written element by
-// element by the first piece.
+// A slice of a row joins its statistics, or makes them.
+template <int kThreads, bool kCapped, bool kEntropy, class T>
+__global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, kCapped, T>)
+    slice_statistics_kernel(const T* logits, const void* labels, bool long_labels, LogitRows rows, LogprobOptions options, bool fresh,
+                            RowStatistics* statistics) {  // [rows]
+  using A = accumulate_t<T>;
+  const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x);
+  if (row >= rows.rows) return;
+  const int64_t label = LogprobCall::label(labels, long_labels, row);
+  const bool asked = label != options.ignore_index && options.mask[row] != 0;
+  const LogitMap<A> map = options.map<A>(row);
+  const T* x = logits + rows.offset(row);
+  SoftmaxSums sums = kNothingSummed;
+  if (asked) sums = read_row<kThreads, kCapped, kEntropy>(x, rows.vocab, map);
+  if (threadIdx.x % kThreads != 0 || !(asked || fresh)) return;
+  RowStatistics total = fresh ? no_statistics() : statistics[row];
+  if (asked) {
+    merge(total.sums, sums, kCapped ? 1.0 : static_cast<double>(map.slope));
+    take_target<kCapped>(total, x, map, label - rows.start, rows.vocab);
+  }
+  statistics[row] = total;
+}
+
+// The gradient of a row, written by a warp or by a block; cut into pieces of `piece_packs` packs. Packs are counted from the
+// first 16-byte boundary of the target, so that they are stored whole wherever the row lies; what stands before and after them
+// is written element by element by the first piece.
+template <int kThreads, class T>
+struct TargetRow {
+  using A = accumulate_t<T>;
+  T* dx;
+  int64_t head, tail, edge;  // edge: this thread's element before or after the packs, fewer than there are lanes
+  int pack, end;             // its first pack, and where the piece ends
+  bool has_edge;
+
+  __device__ TargetRow(T* dx, int64_t vocab, int piece, int piece_packs) : dx(dx) {
+    const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(dx) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
+    head = to_boundary < vocab ? to_boundary : vocab;
+    const int packs_in_row = static_cast<int>((vocab - head) / kPack<T>);
+    tail = head + int64_t(packs_in_row) * kPack<T>;
+    const int lane = threadIdx.x % kThreads;
+    edge = lane < head ? lane : tail + lane - head;
+    has_edge = piece == 0 && edge < vocab;
+    const int piece_end = (piece + 1) * piece_packs;
+    end = piece_end < packs_in_row ? piece_end : packs_in_row;
+    pack = piece * piece_packs + lane;
+  }
+
+  __device__ void zeros() const {
+    if (has_edge) dx[edge] = static_cast<T>(0.0f);
+    for (int p = pack; p < end; p += kThreads) stream_store(dx + head + int64_t(p) * kPack<T>, Granule{});
+  }
+
+  template <int kUnroll, class Gradient, bool kAgain = false>
+  __device__ void write(const T* x, int64_t place, const Gradient& gradient, A a) const {
+    if (has_edge) dx[edge] = narrow<T>(gradient(static_cast<A>(x[edge]), edge == place ? a : A(0)));
+    const RowReader<T, kAgain> reader(x, tail, head);
+    for (int p = pack; p < end; p += kThreads * kUnroll) {
+      Granule packs[kUnroll];
+      reader.load(p, kThreads, static_cast<T>(0.0f), packs);
+      UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        if (p + u * kThreads >= end) break;
+        const int64_t first = head + (int64_t(p) + u * kThreads) * kPack<T>;
+        const bool has_label = static_cast<uint64_t>(place) - static_cast<uint64_t>(first) < kPack<T>;
+        const A at_label = has_label ? static_cast<A>(x[place]) : A(0);  // before an in-place write
+        T g[kPack<T>];
+        UNROLL
+        for (int i = 0; i < kPack<T>; ++i) g[i] = narrow<T>(gradient(element<T>(packs[u], i), A(0)));
+        stream_store(dx + first, granule_of(g));
+        if (has_label) dx[place] = narrow<T>(gradient(at_label, a));  // by the thread that has stored the pack: one place to pay for it
+      }
+    }
+  }
+};
+
+// A row by a warp, or cut into `pieces` blocks.
 template <int kThreads, bool kCapped, class T>
 __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, kCapped, T>)
     gather_logprobs_backward_kernel(const T* logits, T* target, const void* labels, bool long_labels, LogitRows rows, LogitRows target_rows,
                                     LogprobOptions options, const accumulate_t<T>* grad_logprobs, const accumulate_t<T>* grad_entropy,
                                     const RowStats<accumulate_t<T>>* stats, int pieces, int piece_packs) {
   using A = accumulate_t<T>;
-  constexpr int kUnroll = sizeof(T) == 8 || kCapped ? 2 : 4;
   const int64_t row = kThreads == kWarp ? blockIdx.x * int64_t(kRowsPerBlock) + threadIdx.x / kWarp : int64_t(blockIdx.x / pieces);
   if (row >= rows.rows) return;
-  const int piece = kThreads == kWarp ? 0 : blockIdx.x % pieces, lane = threadIdx.x % kThreads;
   const int64_t label = LogprobCall::label(labels, long_labels, row);
   const double weight = options.mask[row];
   // A label outside the vocabulary has no gradient: say so in its row rather than give half of one.
-  const A a = label >= 0 && label < rows.vocab ? static_cast<A>(weight * UpstreamGradients::read(grad_logprobs, row))
-                                               : std::numeric_limits<A>::quiet_NaN();
+  const A a = rows.knows(label) ? static_cast<A>(weight * UpstreamGradients::read(grad_logprobs, row)) : std::numeric_limits<A>::quiet_NaN();
   const A b = static_cast<A>(weight * UpstreamGradients::read(grad_entropy, row));
-  const bool zero = label == options.ignore_index || weight == 0 || (a == 0 && b == 0);
-  T* dx = target + target_rows.offset(row);
-  const int64_t to_boundary = (sizeof(Granule) - reinterpret_cast<uintptr_t>(dx) % sizeof(Granule)) % sizeof(Granule) / sizeof(T);
-  const int64_t head = to_boundary < rows.vocab ? to_boundary : rows.vocab;
-  const int packs_in_row = static_cast<int>((rows.vocab - head) / kPack<T>);
-  const int64_t tail = head + int64_t(packs_in_row) * kPack<T>;
-  const int64_t edge = lane < head ? lane : tail + lane - head;  // elements before and after the packs, fewer than there are lanes
-  const bool has_edge = piece == 0 && edge < rows.vocab;
-  const int piece_end = (piece + 1) * piece_packs, end = piece_end < packs_in_row ? piece_end : packs_in_row;
-  int pack = piece * piece_packs + lane;
-  if (zero) {
-    if (has_edge) dx[edge] = static_cast<T>(0.0f);
-    for (; pack < end; pack += kThreads) stream_store(dx + head + int64_t(pack) * kPack<T>, Granule{});
-    return;
-  }
-
-  const T* x = logits + rows.offset(row);
+  const TargetRow<kThreads, T> to(target + target_rows.offset(row), rows.vocab, kThreads == kWarp ? 0 : blockIdx.x % pieces, piece_packs);
+  if (label == options.ignore_index || weight == 0 || (a == 0 && b == 0)) return to.zeros();
   const RowGradient<kCapped, true, A> gradient(options.map<A>(row), stats[row], a, b);
-  if (has_edge) dx[edge] = narrow<T>(gradient(static_cast<A>(x[edge]), edge == label ? a : A(0)));
-  const RowReader<T> reader(x, tail, head);
-  for (; pack < end; pack += kThreads * kUnroll) {
-    Granule packs[kUnroll];
-    reader.load(pack, kThreads, static_cast<T>(0.0f), packs);
-    UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
-      if (pack + u * kThreads >= end) break;
-      const int64_t first = head + (int64_t(pack) + u * kThreads) * kPack<T>;
-      const bool has_label = static_cast<uint64_t>(label) - static_cast<uint64_t>(first) < kPack<T>;
-      const A at_label = has_label ? static_cast<A>(x[label]) : A(0);  // before an in-place write
-      T g[kPack<T>];
-      UNROLL
-      for (int i = 0; i < kPack<T>; ++i) g[i] = narrow<T>(gradient(element<T>(packs[u], i), A(0)));
-      stream_store(dx + first, granule_of(g));
-      if (has_label) dx[label] = narrow<T>(gradient(at_label, a));  // by the thread that has stored the pack: one place to pay for it
-    }
-  }
+  to.template write<kInFlight<kCapped, T>>(logits + rows.offset(row), label - rows.start, gradient, a);
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor labels, OptionalTensor temperature, OptionalTensor mask,
@@ -743,9 +883,29 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
   return {o.logprobs, o.entropy, o.stats};
 }
 
+inline void slice_statistics(const char* op, const LogprobCall& call, bool with_entropy, bool fresh, const Tensor& statistics) {
+  for_logits(call.logits.scalar_type(), op, "logits", [&](auto zero) {
+    using T = decltype(zero);
+    auto run = [&](auto is_capped, auto has_entropy) {
+      constexpr bool kCapped = decltype(is_capped)::value;
+      constexpr bool kEntropy = decltype(has_entropy)::value;
+      auto start = [&](auto kernel, int64_t blocks, int threads) {
+        launch(call.logits, kernel, blocks, threads, in<T>(call.logits), call.labels.const_data_ptr(), call.long_labels, call.rows,
+               call.options, fresh, reinterpret_cast<RowStatistics*>(out<double>(statistics)));
+      };
+      if (call.rows.vocab <= kWarpRowVocab)
+        start(slice_statistics_kernel<kWarp, kCapped, kEntropy, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
+      else
+        start(slice_statistics_kernel<kRowThreads, kCapped, kEntropy, T>, call.rows.rows, kRowThreads);
+    };
+    if (call.options.softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
+    else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+  });
+}
+
 inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
-                                                 const Tensor& logits, const LogprobCall& call, const Tensor& stats) {
-  const char* op = "gather_logprobs";
+                                            const Tensor& logits, const LogprobCall& call, const Tensor& stats,
+                                            const char* op = "gather_logprobs") {
   check_stats(op, stats, call);
   const UpstreamGradients up = upstream(op, grad_logprobs, grad_entropy, call);
   LogitRows target_rows;
@@ -774,7 +934,6 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
   return target;
 }
 
-
 #endif
 
 // The two backward ops differ in where they write and in what their schemas admit to.
@@ -792,6 +951,104 @@ inline void gather_logprobs_backward_inplace(OptionalTensor grad_logprobs, Optio
   const LogprobCall call =
       logprob_call("gather_logprobs", logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index);
   gather_logprobs_backward_into(true, grad_logprobs, grad_entropy, logits, call, stats);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Slices of the vocabulary: logits [..., v] are those of the ids from vocab_start on, of `vocab` in all; v may be 0, labels are
+// ids of the whole.
+
+inline Tensor logprob_slice_statistics(Tensor logits, Tensor labels, OptionalTensor temperature, OptionalTensor mask, double temperature_value,
+                                       double softcap, double logit_scale, int64_t ignore_index, int64_t vocab_start, int64_t vocab,
+                                       bool with_entropy) {
+  const char* op = "logprob_slice_statistics";
+  const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
+                                        {vocab_start, vocab});
+  Tensor statistics = empty(labels, {call.rows.rows, 4}, ScalarType::Double);
+  slice_statistics(op, call, with_entropy, true, statistics);
+  return statistics;
+}
+
+inline void logprob_slice_statistics_into(Tensor statistics, Tensor logits, Tensor labels, OptionalTensor temperature, OptionalTensor mask,
+                                          double temperature_value, double softcap, double logit_scale, int64_t ignore_index,
+                                          int64_t vocab_start, int64_t vocab, bool with_entropy) {
+  const char* op = "logprob_slice_statistics_into";
+  const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
+                                        {vocab_start, vocab});
+  CHECK_VALUE(statistics.dim() == 2 && statistics.size(0) == call.rows.rows && statistics.size(1) == 4 && statistics.is_contiguous() &&
+                  statistics.scalar_type() == ScalarType::Double,
+              op, ": `statistics` is not what logprob_slice_statistics returned");
+  slice_statistics(op, call, with_entropy, false, statistics);
+}
+
+template <class A>
+struct CombineSlices {
+  const RowStatistics* partials;  // [slices, rows]
+  int64_t slices, rows;
+  const void* labels;
+  bool long_labels;
+  LogprobOptions options;
+  A *logprobs, *entropy;  // [rows]; entropy or null
+  RowStats<A>* stats;     // [rows]
+
+  HOST_DEVICE void operator()(int64_t, int64_t row, double weight) const {
+    const bool ignored = LogprobCall::label(labels, long_labels, row) == options.ignore_index;
+    const double slope = options.softcap != 0 ? 1.0 : static_cast<double>(options.map<A>(row).slope);
+    RowStatistics total = no_statistics();
+    for (int64_t s = 0; s < slices; ++s) {
+      const RowStatistics& slice = partials[s * rows + row];
+      merge(total.sums, slice.sums, slope);
+      total.target = slice.target != kUnseen ? slice.target : total.target;
+    }
+    const RowStats<A> row_stats = ignored || weight == 0 ? RowStats<A>{} : finish_row<A>(total.sums);
+    stats[row] = row_stats;
+    const double value = total.target != kUnseen ? total.target : std::numeric_limits<double>::quiet_NaN();
+    write_row(value, row_stats, slope, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
+  }
+};
+
+// partials: [slices, rows, 4], merged in their order. Labels and temperatures are those that the statistics were made with. A
+// label that no slice has gives NaN; on the CPU the statistics have refused it.
+inline std::tuple<Tensor, Tensor, Tensor> logprob_slices_combine(Tensor partials_, Tensor labels_, OptionalTensor temperature_,
+                                                                 OptionalTensor mask_, double temperature_value, double softcap,
+                                                                 double logit_scale, int64_t ignore_index, bool with_entropy, bool wide) {
+  const char* op = "logprob_slices_combine";
+  const Tensor partials = dense(partials_), labels = dense(labels_);
+  const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
+  const int64_t rows = labels.numel();
+  CHECK_VALUE(partials.dim() == 3 && partials.size(1) == rows && partials.size(2) == 4 && partials.scalar_type() == ScalarType::Double, op,
+              ": `partials` must be [slices, ", rows, ", 4] in float64, got shape ", shape_of(partials));
+  check_label_type(op, labels);
+  const OptionalTensor temperature = dense_temperature(op, temperature_, labels, type);
+  const OptionalTensor mask = contiguous_mask(op, mask_, "labels", labels);
+  const LogprobOptions options{temperature.has_value() ? temperature->const_data_ptr() : nullptr, temperature_value, softcap, logit_scale,
+                               ignore_index, mask_view(op, mask)};
+  const LogprobOutputs o = logprob_outputs(labels, type, with_entropy);
+  for_real(type, op, "partials", [&](auto zero) {
+    using A = decltype(zero);
+    const CombineSlices<A> combine{reinterpret_cast<const RowStatistics*>(in<double>(partials)), partials.size(0), rows,
+                                   labels.const_data_ptr(), labels.scalar_type() == ScalarType::Long, options, out<A>(o.logprobs),
+                                   with_entropy ? out<A>(o.entropy) : nullptr, reinterpret_cast<RowStats<A>*>(out<A>(o.stats))};
+    for_each(labels, padded_rows(1, rows), options.mask, combine);
+  });
+  return {o.logprobs, o.entropy, o.stats};
+}
+
+inline Tensor logprob_slice_backward(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits, Tensor labels,
+                                     OptionalTensor temperature, OptionalTensor mask, Tensor stats, double temperature_value, double softcap,
+                                     double logit_scale, int64_t ignore_index, int64_t vocab_start, int64_t vocab) {
+  const char* op = "logprob_slice_backward";
+  const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
+                                        {vocab_start, vocab});
+  return gather_logprobs_backward_into(false, grad_logprobs, grad_entropy, logits, call, stats, op);
+}
+
+inline void logprob_slice_backward_inplace(OptionalTensor grad_logprobs, OptionalTensor grad_entropy, Tensor logits, Tensor labels,
+                                           OptionalTensor temperature, OptionalTensor mask, Tensor stats, double temperature_value,
+                                           double softcap, double logit_scale, int64_t ignore_index, int64_t vocab_start, int64_t vocab) {
+  const char* op = "logprob_slice_backward_inplace";
+  const LogprobCall call = logprob_call(op, logits, labels, temperature, mask, temperature_value, softcap, logit_scale, ignore_index,
+                                        {vocab_start, vocab});
+  gather_logprobs_backward_into(true, grad_logprobs, grad_entropy, logits, call, stats, op);
 }
 
 }  // namespace rlhf_fast::RLHF_UNIT

@@ -1,5 +1,5 @@
-// The Python module: importing it loads the library, which registers the ops. What it offers itself: build_info(), and calls
-// of the kernels past torch's dispatcher.
+// The Python module: importing it loads the library, which registers the ops. What it offers itself: build_info(), the plan of
+// on_chip.h, and calls of the kernels past torch's dispatcher.
 #include <array>
 #include <string>
 #include <vector>
@@ -10,6 +10,7 @@
 
 #include "build_config.h"
 #include "direct.h"
+#include "on_chip.h"
 
 namespace py = pybind11;
 
@@ -41,7 +42,19 @@ py::dict build_info() {
   return info;
 }
 
-constexpr size_t kMaxArguments = 24;
+py::dict on_chip_plan(int64_t vocab, int64_t element_bytes, int capability) {
+  const rlhf_fast::OnChipPlan plan = rlhf_fast::on_chip_plan(vocab, element_bytes, capability);
+  static constexpr const char* kNames[] = {"warp", "block", "cluster", "stream"};
+  py::dict sizes;
+  sizes["name"] = kNames[plan.kind];
+  sizes["blocks"] = plan.blocks;
+  sizes["threads"] = plan.threads;
+  sizes["row_bytes"] = plan.row_bytes;
+  sizes["resident"] = plan.resident;
+  return sizes;
+}
+
+constexpr size_t kMaxArguments = 32;
 
 // The arguments of one call, as a boxed kernel takes them. Handles not yet handed over are freed.
 class Arguments {
@@ -163,6 +176,7 @@ class DirectCall {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of rlhf_fast. Use them through rlhf_fast.ops.";
   m.def("build_info", &build_info, "How this library was built and which CPU instruction level it uses here.");
+  m.def("on_chip_plan", &on_chip_plan, "How a CUDA kernel holds a row of logits that it needs twice (csrc/on_chip.h).");
   py::class_<DirectCall>(m, "DirectCall", "An op called past torch's dispatcher; NotImplemented where that is not possible.")
       .def(py::init<const std::string&, std::string, size_t, py::object, py::object, py::object, py::tuple>())
       .def("__call__", &DirectCall::operator());

@@ -386,6 +386,10 @@ __device__ inline void store(void* at, const Granule& g) {  // as one: an assign
                : "l"(__cvta_generic_to_global(at)), "r"(g.word[0]), "r"(g.word[1]), "r"(g.word[2]), "r"(g.word[3])
                : "memory");
 }
+__device__ inline Granule load(const void* at) {
+  const uint4 q = *static_cast<const uint4*>(at);
+  return {{q.x, q.y, q.z, q.w}};
+}
 __device__ inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_r(low, high, bits); }
 
 template <class T>
@@ -397,6 +401,7 @@ __device__ uint32_t larger_halves(uint32_t a, uint32_t b) {  // of two pairs of 
 }
 #else
 __device__ inline Granule stream_load(const void* at) { return *static_cast<const Granule*>(at); }
+__device__ inline Granule load(const void* at) { return *static_cast<const Granule*>(at); }
 __device__ inline void stream_store(void* at, const Granule& g) { *static_cast<Granule*>(at) = g; }
 __device__ inline void store(void* at, const Granule& g) { *static_cast<Granule*>(at) = g; }
 __device__ inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t bits) {
@@ -412,6 +417,35 @@ __device__ uint32_t larger_halves(uint32_t a, uint32_t b) {
   memcpy(&a, x, sizeof(a));
   return a;
 }
+#endif
+
+// Blocks that run together, a cluster. A thread arrives, and waits until all threads of the cluster have arrived: what each did
+// before, in the shared memory of any block, is seen by all.
+#if defined(__CUDACC__)
+__device__ inline Granule* block_memory() {  // what the launch gave the block beyond what the kernel declares
+  extern __shared__ Granule memory_of_this_block[];
+  return memory_of_this_block;
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+template <class T>
+__device__ T* in_block(T* at, int rank) {  // the same place of the shared memory of the cluster's block `rank`
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(at), "r"(rank));
+  return reinterpret_cast<T*>(there);
+}
+#else  // a cluster of one block
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() { __syncthreads(); }
+template <class T>
+__device__ T* in_block(T* at, int) { return at; }
+#endif
+#else
+__device__ inline Granule* block_memory() { return reinterpret_cast<Granule*>(cuda_on_cpu::block_memory()); }
+using cuda_on_cpu::cluster_arrive;
+using cuda_on_cpu::cluster_wait;
+using cuda_on_cpu::in_block;
 #endif
 
 // Element i of a granule, as the type of the arithmetic. i must be a constant after unrolling.
@@ -456,8 +490,9 @@ __device__ Granule realign(const Granule& low, const Granule& high, uint32_t shi
 // A row of n elements at any address, in packs of 16 bytes counted from element `origin`. A pack that does not start at a
 // multiple of 16 lies in two granules: both are loaded, the second as its neighbour's first, out of L1, and realigned in
 // registers. So an element's pack, and with it the thread that gets it, depends on its index alone, and V = 50257 is read in
-// 16-byte loads too. Packs with a granule that reaches out of the row are gathered element by element.
-template <class T>
+// 16-byte loads too. Packs with a granule that reaches out of the row are gathered element by element. kAgain: the row is going
+// to be read a second time, its lines may stay in the caches; or it lies in shared memory.
+template <class T, bool kAgain = false>
 struct RowReader {
   const T* row;
   int64_t n, origin;
@@ -470,6 +505,8 @@ struct RowReader {
     const int64_t bytes = (n - origin) * static_cast<int64_t>(sizeof(T)) + shift;
     last = static_cast<int>(bytes / static_cast<int64_t>(sizeof(Granule))) - (shift != 0);
   }
+
+  __device__ int packs() const { return static_cast<int>((n - origin + kPack<T> - 1) / kPack<T>); }
 
   // How many elements of a pack lie in the row, at most kPack.
   __device__ int inside(int pack) const {
@@ -486,6 +523,11 @@ struct RowReader {
     return granule_of(x);
   }
 
+  __device__ static Granule granule(const void* at) {
+    if constexpr (kAgain) return rlhf_fast::RLHF_UNIT::load(at);
+    else return stream_load(at);
+  }
+
   // Packs pack, pack + stride, ...: all loads are on their way before the first is waited for. `fill` stands beyond the row.
   template <int kCount>
   __device__ void load(int pack, int stride, T fill, Granule (&packs)[kCount]) const {
@@ -494,11 +536,11 @@ struct RowReader {
     auto whole = [&](int u) { return pack + u * stride >= first && pack + u * stride < last; };
     UNROLL
     for (int u = 0; u < kCount; ++u)
-      if (whole(u)) packs[u] = stream_load(at + u * step);
+      if (whole(u)) packs[u] = granule(at + u * step);
     if (shift != 0) {
       UNROLL
       for (int u = 0; u < kCount; ++u)  // one after the other: they are near, and registers are few
-        if (whole(u)) packs[u] = realign<T>(packs[u], stream_load(at + u * step + sizeof(Granule)), shift);
+        if (whole(u)) packs[u] = realign<T>(packs[u], granule(at + u * step + sizeof(Granule)), shift);
     }
     if (whole(0) && whole(kCount - 1)) return;
     ROLL

@@ -62,17 +62,23 @@ HOST_DEVICE double beyond_rounding(double variance, double mean_square) {
 // Every loss reduction starts with these two terms.
 constexpr int kWeight = 0, kLoss = 1;
 
+// How many of R's last terms are aggregated like the loss; they stand behind its statistics.
+template <class R, class = void> constexpr int kAlsoAggregated = 0;
+template <class R> constexpr int kAlsoAggregated<R, std::void_t<decltype(R::kAggregated)>> = R::kAggregated;
+
 template <class R>
 struct LossTotals {
+  static constexpr int kSums = 1 + kAlsoAggregated<R>;
   Terms<R> terms;
-  double sequences, loss, longest;
+  double sequences, longest;
+  double sums[kSums];  // the loss, and what is aggregated like it
 };
 template <class R>
 HOST_DEVICE void merge(LossTotals<R>& into, const LossTotals<R>& other) {
   merge(into.terms, other.terms);
   into.sequences += other.sequences;
-  into.loss += other.loss;
   into.longest = fold_in(Fold::kMax, into.longest, other.longest);
+  for (int k = 0; k < LossTotals<R>::kSums; ++k) into.sums[k] += other.sums[k];
 }
 
 // A sum over the rows of squares around a mean, which the totals give: R::spread(a row's terms, the totals).
@@ -84,7 +90,7 @@ HOST_DEVICE void merge(Spread& into, const Spread& other) { into.sum += other.su
 template <class R, class A>
 struct LossFinish {
   const double* partial;  // [pieces, K]
-  A *loss, *stats;        // [], [R::kStats]
+  A *loss, *stats;        // [], [R::kStats + kAlsoAggregated<R>]
   double* row_weight;     // [rows]: d loss / d (sum_t w l) of the row
   Rows rows;
   int aggregate;
@@ -92,12 +98,17 @@ struct LossFinish {
 
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
-    LossTotals<R> mine{Terms<R>::start(), 0.0, 0.0, 0.0};
+    constexpr int kSums = LossTotals<R>::kSums;
+    LossTotals<R> mine{Terms<R>::start(), 0.0, 0.0, {}};
     for (int64_t row = team.rank; row < rows.rows; row += team.size) {
       const Terms<R> t = row_terms<R>(partial, rows, row);
       const bool empty = t.at[kWeight] == 0;
-      const double row_loss = aggregate == kSeqMeanTokenMean && !empty ? t.at[kLoss] / t.at[kWeight] : t.at[kLoss];
-      merge(mine, LossTotals<R>{t, empty ? 0.0 : 1.0, row_loss, static_cast<double>(rows.end(row) - rows.begin(row))});
+      LossTotals<R> next{t, empty ? 0.0 : 1.0, static_cast<double>(rows.end(row) - rows.begin(row)), {}};
+      for (int k = 0; k < kSums; ++k) {
+        const double sum = t.at[k == 0 ? kLoss : R::kTerms - kSums + k];
+        next.sums[k] = aggregate == kSeqMeanTokenMean && !empty ? sum / t.at[kWeight] : sum;
+      }
+      merge(mine, next);
     }
     const LossTotals<R> total = team.merge_all(mine);
     const double otherwise = aggregate == kTokenMean ? total.terms.at[kWeight] : aggregate == kTokenSum ? 1.0 : total.sequences;
@@ -112,8 +123,9 @@ struct LossFinish {
     }
     spread = team.merge_all(spread);
     if (team.rank == 0) {
-      *loss = static_cast<A>(divisor != 0 ? total.loss / divisor : 0.0);
+      *loss = static_cast<A>(divisor != 0 ? total.sums[0] / divisor : 0.0);
       R::write_stats(total.terms, spread.sum, stats);
+      for (int k = 1; k < kSums; ++k) stats[R::kStats + k - 1] = static_cast<A>(divisor != 0 ? total.sums[k] / divisor : 0.0);
     }
   }
 };
@@ -127,7 +139,7 @@ template <class R, class A>
 LossOutputs aggregate_loss(const char* op, const Tensor& like, const Rows& rows, const Mask& mask, const R& r, int64_t aggregate,
                            const OptionalTensor& normalizer, double normalizer_value) {
   CHECK_VALUE(aggregate >= kTokenMean && aggregate <= kSeqMeanTokenSumNorm, op, ": unknown `aggregate` code ", aggregate);
-  LossOutputs o{empty(like, {}), empty(like, {R::kStats}), empty(like, {rows.rows}, ScalarType::Double)};
+  LossOutputs o{empty(like, {}), empty(like, {R::kStats + kAlsoAggregated<R>}), empty(like, {rows.rows}, ScalarType::Double)};
   const Tensor partial = partial_terms(like, rows, R::kTerms);
   reduce_rows(like, rows, mask, r, out<double>(partial));
   run_team(like, LossFinish<R, A>{in<double>(partial), out<A>(o.loss), out<A>(o.stats), out<double>(o.row_weight), rows,
@@ -308,19 +320,20 @@ struct PolicyTerms {
   }
 
   // The order is ops/ppo_loss.py's POLICY_STATS.
-  HOST_DEVICE static void write_stats(const Terms<PolicyTerms>& total, double spread, A* stats) {
+  template <class Stat>
+  HOST_DEVICE static void write_stats(const Terms<PolicyTerms>& total, double spread, Stat* stats) {
     const double n = total.at[kWeight];
     const bool any = n != 0;
     const double mean = any ? total.at[kRatio] / n : 0.0, variance = any ? spread / n : 0.0;
-    stats[0] = static_cast<A>(any ? total.at[kClipped] / n : 0.0);
-    stats[1] = static_cast<A>(any ? total.at[kDualClipped] / n : 0.0);
-    stats[2] = static_cast<A>(any ? total.at[kHalfSquare] / n : 0.0);
-    stats[3] = static_cast<A>(any ? total.at[kNegLogRatio] / n : 0.0);
-    stats[4] = static_cast<A>(mean);
-    stats[5] = static_cast<A>(any ? total.at[kRatioMin] : 0.0);
-    stats[6] = static_cast<A>(any ? total.at[kRatioMax] : 0.0);
-    stats[7] = static_cast<A>(beyond_rounding(variance, variance + mean * mean));
-    stats[8] = static_cast<A>(n);
+    stats[0] = static_cast<Stat>(any ? total.at[kClipped] / n : 0.0);
+    stats[1] = static_cast<Stat>(any ? total.at[kDualClipped] / n : 0.0);
+    stats[2] = static_cast<Stat>(any ? total.at[kHalfSquare] / n : 0.0);
+    stats[3] = static_cast<Stat>(any ? total.at[kNegLogRatio] / n : 0.0);
+    stats[4] = static_cast<Stat>(mean);
+    stats[5] = static_cast<Stat>(any ? total.at[kRatioMin] : 0.0);
+    stats[6] = static_cast<Stat>(any ? total.at[kRatioMax] : 0.0);
+    stats[7] = static_cast<Stat>(beyond_rounding(variance, variance + mean * mean));
+    stats[8] = static_cast<Stat>(n);
   }
 };
 
@@ -360,6 +373,13 @@ struct AdvantageSumFinish {
   }
 };
 
+template <class A, class Inputs>
+Tensor log_ratio_sums(const Tensor& like, const Rows& rows, const Mask& weights, const Inputs& inputs) {
+  Tensor sums = partial_terms(like, rows, LogRatioSum<A>::kTerms);
+  reduce_rows(like, rows, weights, LogRatioSum<A>{inputs.logprobs, inputs.old_logprobs}, out<double>(sums));
+  return sums;
+}
+
 // advantages: like logprobs, or [B, 1]. -> loss, stats, row_weight, and the slopes by logprobs and, where needed, by advantages.
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_policy_loss(
     Tensor logprobs_, Tensor old_logprobs_, Tensor advantages_, OptionalTensor mask_, OptionalTensor cu_seqlens, double clip_low,
@@ -387,11 +407,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_policy_loss(
     PolicyInputs<A, kForm, kSequence, kRowAdvantage> inputs{in<A>(logprobs), in<A>(old_logprobs), in<A>(advantages),
                                                      {clip_low, clip_high, dual_clip, log_ratio_clip}, nullptr, rows, {}, 0.0};
     OptionalTensor sums;
-    if constexpr (kSequence) {
-      sums = partial_terms(logprobs, rows, LogRatioSum<A>::kTerms);
-      reduce_rows(logprobs, rows, weights, LogRatioSum<A>{inputs.logprobs, inputs.old_logprobs}, out<double>(*sums));
-      inputs.partial = in<double>(*sums);
-    }
+    if constexpr (kSequence) inputs.partial = in<double>(sums.emplace(log_ratio_sums<A>(logprobs, rows, weights, inputs)));
     using R = PolicyTerms<A, kForm, kSequence, kRowAdvantage>;
     o = aggregate_loss<R, A>(op, logprobs, rows, weights, R{inputs, out<A>(slope)}, aggregate, normalizer, normalizer_value);
     if (!need_advantages) return;

@@ -9,6 +9,7 @@
 #include "logprob.h"
 #include "masked.h"
 #include "ppo_loss.h"
+#include "ppo_loss_from_logits.h"
 #include "preference.h"
 
 #define RLHF_FAST_SCHEMAS(m)                                                                                                        \
@@ -57,13 +58,51 @@
         "int aggregate, Tensor? normalizer, float normalizer_value, bool need_old_values, bool need_returns) "                      \
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");                                                                     \
   m.def("ppo_loss_backward(Tensor grad, Tensor slope, Tensor row_weight, Tensor? cu_seqlens) -> Tensor");                           \
+  m.def("ppo_token_weights(Tensor labels, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, int ignore_index, int aggregate, "   \
+        "Tensor? normalizer, float normalizer_value) -> (Tensor, Tensor, Tensor)");                                                 \
+  m.def("ppo_loss_rows(Tensor logits, Tensor labels, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor "         \
+        "weights, Tensor scale, Tensor? temperature, float temperature_value, float softcap, float logit_scale, int "               \
+        "ignore_index, float clip_low, float clip_high, float dual_clip, float log_ratio_clip, int form, float entropy_coef, "      \
+        "float kl_coef, int kl_estimator, bool straight_through, bool need_gradient, int plan) -> (Tensor, Tensor, Tensor)");       \
+  m.def("ppo_loss_rows_inplace(Tensor(a!) logits, Tensor labels, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, "    \
+        "Tensor weights, Tensor scale, Tensor? temperature, float temperature_value, float softcap, float logit_scale, int "        \
+        "ignore_index, float clip_low, float clip_high, float dual_clip, float log_ratio_clip, int form, float entropy_coef, "      \
+        "float kl_coef, int kl_estimator, bool straight_through, int plan) -> (Tensor, Tensor)");                                   \
+  m.def("ppo_objective(Tensor logprobs, Tensor entropies, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, "           \
+        "Tensor weights, Tensor? cu_seqlens, float clip_low, float clip_high, float dual_clip, float log_ratio_clip, "              \
+        "bool sequence_level, int form, float entropy_coef, float kl_coef, int kl_estimator, bool straight_through, int aggregate, "\
+        "Tensor? normalizer, float normalizer_value, bool wide) -> (Tensor, Tensor, Tensor, Tensor)");                              \
+  m.def("ppo_loss_from_logits(Tensor logits, Tensor labels, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? "         \
+        "cu_seqlens, Tensor? ref_logprobs, Tensor? temperature, Tensor? normalizer, float temperature_value, float softcap, "       \
+        "float logit_scale, int ignore_index, float clip_low, float clip_high, float dual_clip, float log_ratio_clip, bool "        \
+        "sequence_level, int form, int aggregate, float normalizer_value, float entropy_coef, float kl_coef, int kl_estimator, "    \
+        "bool straight_through, bool need_gradient, int plan) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");                        \
+  m.def("ppo_loss_from_logits_inplace(Tensor(a!) logits, Tensor labels, Tensor old_logprobs, Tensor advantages, Tensor? mask, "     \
+        "Tensor? cu_seqlens, Tensor? ref_logprobs, Tensor? temperature, Tensor? normalizer, float temperature_value, float "        \
+        "softcap, float logit_scale, int ignore_index, float clip_low, float clip_high, float dual_clip, float log_ratio_clip, "    \
+        "bool sequence_level, int form, int aggregate, float normalizer_value, float entropy_coef, float kl_coef, int "             \
+        "kl_estimator, bool straight_through, int plan) -> (Tensor, Tensor, Tensor, Tensor)");                                      \
+  m.def("ppo_scale_gradient(Tensor(a!) gradient, Tensor grad) -> ()");                                                              \
   m.def("reward_pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef) -> (Tensor, Tensor, Tensor)");         \
   m.def("reward_pair_loss_backward(Tensor grad, Tensor chosen, Tensor rejected, Tensor slopes, float center_coef, "                 \
         "bool need_margin) -> (Tensor, Tensor, Tensor)");                                                                           \
   m.def("dpo_loss(Tensor chosen, Tensor rejected, Tensor ref_chosen, Tensor ref_rejected, float beta, float tilt, "                 \
         "int loss_type) -> (Tensor, Tensor, Tensor)");                                                                              \
   m.def("dpo_loss_backward(Tensor grad, Tensor slopes, bool need_chosen, bool need_rejected, bool need_ref_chosen, "                \
-        "bool need_ref_rejected) -> (Tensor, Tensor, Tensor, Tensor)")
+        "bool need_ref_rejected) -> (Tensor, Tensor, Tensor, Tensor)");                                                             \
+  m.def("logprob_slice_statistics(Tensor logits, Tensor labels, Tensor? temperature, Tensor? mask, float temperature_value, "       \
+        "float softcap, float logit_scale, int ignore_index, int vocab_start, int vocab, bool with_entropy) -> Tensor");            \
+  m.def("logprob_slice_statistics_into(Tensor(a!) statistics, Tensor logits, Tensor labels, Tensor? temperature, Tensor? mask, "    \
+        "float temperature_value, float softcap, float logit_scale, int ignore_index, int vocab_start, int vocab, "                 \
+        "bool with_entropy) -> ()");                                                                                                \
+  m.def("logprob_slices_combine(Tensor partials, Tensor labels, Tensor? temperature, Tensor? mask, float temperature_value, "       \
+        "float softcap, float logit_scale, int ignore_index, bool with_entropy, bool wide) -> (Tensor, Tensor, Tensor)");           \
+  m.def("logprob_slice_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor labels, Tensor? temperature, "   \
+        "Tensor? mask, Tensor row_stats, float temperature_value, float softcap, float logit_scale, int ignore_index, "             \
+        "int vocab_start, int vocab) -> Tensor");                                                                                   \
+  m.def("logprob_slice_backward_inplace(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, Tensor labels, "            \
+        "Tensor? temperature, Tensor? mask, Tensor row_stats, float temperature_value, float softcap, float logit_scale, "          \
+        "int ignore_index, int vocab_start, int vocab) -> ()")
 
 #define RLHF_FAST_KERNELS(m, unit)                                                                            \
   m.impl("gather_logprobs", TORCH_BOX(&rlhf_fast::unit::gather_logprobs));                                    \
@@ -87,7 +126,19 @@
   m.impl("ppo_policy_loss", TORCH_BOX(&rlhf_fast::unit::ppo_policy_loss));                                    \
   m.impl("ppo_value_loss", TORCH_BOX(&rlhf_fast::unit::ppo_value_loss));                                      \
   m.impl("ppo_loss_backward", TORCH_BOX(&rlhf_fast::unit::ppo_loss_backward));                                \
+  m.impl("ppo_token_weights", TORCH_BOX(&rlhf_fast::unit::ppo_token_weights));                                \
+  m.impl("ppo_loss_rows", TORCH_BOX(&rlhf_fast::unit::ppo_loss_rows));                                        \
+  m.impl("ppo_loss_rows_inplace", TORCH_BOX(&rlhf_fast::unit::ppo_loss_rows_inplace));                        \
+  m.impl("ppo_objective", TORCH_BOX(&rlhf_fast::unit::ppo_objective));                                        \
+  m.impl("ppo_loss_from_logits", TORCH_BOX(&rlhf_fast::unit::ppo_loss_from_logits));                          \
+  m.impl("ppo_loss_from_logits_inplace", TORCH_BOX(&rlhf_fast::unit::ppo_loss_from_logits_inplace));          \
+  m.impl("ppo_scale_gradient", TORCH_BOX(&rlhf_fast::unit::ppo_scale_gradient));                              \
   m.impl("reward_pair_loss", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss));                                  \
   m.impl("reward_pair_loss_backward", TORCH_BOX(&rlhf_fast::unit::reward_pair_loss_backward));                \
   m.impl("dpo_loss", TORCH_BOX(&rlhf_fast::unit::dpo_loss));                                                  \
-  m.impl("dpo_loss_backward", TORCH_BOX(&rlhf_fast::unit::dpo_loss_backward))
+  m.impl("dpo_loss_backward", TORCH_BOX(&rlhf_fast::unit::dpo_loss_backward));                                \
+  m.impl("logprob_slice_statistics", TORCH_BOX(&rlhf_fast::unit::logprob_slice_statistics));                  \
+  m.impl("logprob_slice_statistics_into", TORCH_BOX(&rlhf_fast::unit::logprob_slice_statistics_into));        \
+  m.impl("logprob_slices_combine", TORCH_BOX(&rlhf_fast::unit::logprob_slices_combine));                      \
+  m.impl("logprob_slice_backward", TORCH_BOX(&rlhf_fast::unit::logprob_slice_backward));                      \
+  m.impl("logprob_slice_backward_inplace", TORCH_BOX(&rlhf_fast::unit::logprob_slice_backward_inplace))

@@ -88,6 +88,12 @@ def ppo(command: Command, words: Sequence[str]) -> None:
     run_stage(command, PPOConfig, train, words)
 
 
+def dpo(command: Command, words: Sequence[str]) -> None:
+    from rlhf_fast.train.dpo import DPOConfig, train
+
+    run_stage(command, DPOConfig, train, words)
+
+
 def report(command: Command, words: Sequence[str]) -> None:
     parser = Parser(command, command.summary)
     parser.add_argument("directory", metavar="DIR", help="output directory of a run or of one stage")
@@ -110,14 +116,14 @@ COMMANDS = {
     for command in (
         Command(
             "demo",
-            "See all three stages work on an embedded toy world, with a judge that knows the truth. No data needed.",
+            "See all stages work on an embedded toy world, with a judge that knows the truth. No data needed.",
             "[flags]",
             "rlhf-fast demo",
             demo,
         ),
         Command(
             "run",
-            "Do everything for your preference file: SFT, reward model, PPO, evaluation, report.",
+            "Do everything for your preference file: SFT, reward model, PPO (or DPO), evaluation, report.",
             "--data FILE --output_dir DIR [--model DIR] [flags]",
             "rlhf-fast run --data pairs.jsonl --output_dir out",
             run,
@@ -138,10 +144,17 @@ COMMANDS = {
         ),
         Command(
             "ppo",
-            "Stage 3: improve the SFT model against the reward model with PPO.",
+            "Stage 3: improve the SFT model against the reward model with PPO, GRPO or RLOO.",
             "--model DIR --reward_model DIR --data FILE --output_dir DIR [flags]",
             "rlhf-fast ppo --model out/sft --reward_model out/reward --data pairs.jsonl --output_dir out/ppo",
             ppo,
+        ),
+        Command(
+            "dpo",
+            "In place of stages 2 and 3: improve the SFT model on the preference pairs themselves with DPO.",
+            "--model DIR --data FILE --output_dir DIR [flags]",
+            "rlhf-fast dpo --model out/sft --data pairs.jsonl --output_dir out/dpo",
+            dpo,
         ),
         Command(
             "report",
@@ -199,6 +212,7 @@ def headline(numbers: dict[str, Any]) -> list[str]:
     titles = {
         "win_rate": "win rate over SFT",
         "reward_accuracy": "reward-model accuracy",
+        "preference_accuracy": "DPO's order of held-out pairs",
         "reward_agreement": "reward model agrees with judge",
     }
     lines = [
@@ -219,7 +233,7 @@ def overview() -> str:
     examples = "\n".join(f"  {command.example}" for command in COMMANDS.values() if command.name in ("demo", "run"))
     return (
         "usage: rlhf-fast COMMAND [flags]\n\n"
-        "Reinforcement learning from human feedback on one machine: supervised fine-tuning, reward model, PPO.\n\n"
+        "Reinforcement learning from human feedback on one machine: fine-tuning, reward model, PPO, GRPO, RLOO, DPO.\n\n"
         f"commands:\n{commands}\n\n"
         f"examples:\n{examples}\n\n"
         "rlhf-fast COMMAND --help lists the flags of a command; rlhf-fast --version prints the version."
@@ -260,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlhf-fast: error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("\nrlhf-fast: interrupted; finished stages stay in the output directory", file=sys.stderr)
+        print("\nrlhf-fast: interrupted; the same command continues where it was", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -56,9 +56,22 @@ RIGHT = [
     ("ppo_policy_loss", "advantages", "row 0 of it"),
     ("ppo_policy_loss", "advantages", "1 dimension more at the end"),
     ("ppo_policy_loss", "advantages", "1 more in dimension 1"),  # [B, 0] beside T = 1
+    ("ppo_loss_from_logits", "advantages", "1 dimension less"),
+    ("ppo_loss_from_logits", "advantages", "row 0 of it"),
+    ("ppo_loss_from_logits", "advantages", "1 dimension more at the end"),
+    ("ppo_loss_from_logits", "advantages", "1 more in dimension 1"),
+    ("linear_ppo_loss", "advantages", "1 dimension less"),
+    ("linear_ppo_loss", "advantages", "row 0 of it"),
+    ("linear_ppo_loss", "advantages", "1 dimension more at the end"),
+    ("linear_ppo_loss", "advantages", "1 more in dimension 1"),
+    (None, "entropy_coef", "-1"),  # a penalty
+    (None, "entropy_coef", "-1e30"),
+    (None, "entropy_coef", "numpy -1"),
     ("group_advantages", "rewards", "on meta"),  # shapes alone
     ("group_advantages", "rewards", "nothing in it"),
     (None, "kept", "nothing in it"),  # where every label is ignored
+    (None, "weight", "1 more in dimension 0"),  # a larger vocabulary, or a smaller one that has the labels
+    (None, "weight", "1 less in dimension 0"),
     (None, "cu_seqlens", "1 less in dimension 0"),  # where the last sequence is empty
 ]
 
@@ -164,7 +177,8 @@ def wrong_contents(argument: str, value: Tensor, kwargs: dict) -> Iterator[tuple
         return
     if argument == "labels":
         kwargs["mask"] = None
-        for content in (kwargs["logits"].shape[-1], -1, -(2**31), 2**31 - 1):
+        vocab = kwargs["logits"].shape[-1] if "logits" in kwargs else kwargs["weight"].shape[0]
+        for content in (vocab, -1, -(2**31), 2**31 - 1):
             yield f"holding {content}", with_value(value, content)
     if argument in ("temperature", "lam", "returns_lam") and value.dim():
         for content in (-1.0, math.nan, math.inf, -math.inf, *([0.0] if argument == "temperature" else [1.5])):

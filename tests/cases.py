@@ -16,9 +16,12 @@ import rlhf_fast
 from rlhf_fast.ops.gae import gae_reference
 from rlhf_fast.ops.group import group_advantages_reference
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_reference
+from rlhf_fast.ops.linear import linear_logprobs_reference
+from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss_reference
 from rlhf_fast.ops.logprob import gather_logprobs_reference
 from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
+from rlhf_fast.ops.ppo_loss_from_logits import ppo_loss_from_logits_reference
 from rlhf_fast.ops.preference import dpo_loss_reference, reward_pair_loss_reference
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -48,6 +51,8 @@ class Op:
     reference: Callable
     draw: Callable[[random.Random], Call]
     units: float = 4.0  # allowed error, in epsilons of the output's dtype relative to max(1, |reference|)
+    # In gradients that torch's product sums up in float32, over all tokens, from terms larger than their sum.
+    more_by_product: float = 0.0
 
 
 def randn(rng: random.Random, *shape, scale=1.0, dtype=torch.float32) -> Tensor:
@@ -133,6 +138,28 @@ def draw_gather_logprobs(rng: random.Random) -> Call:
     if rng.random() < 0.3:
         labels = labels.to(torch.int32)
     return Call((restride(rng, logits, rows_only=rng.random() < 0.8), restride(rng, labels)), kwargs)
+
+
+def draw_head(rng: random.Random, batch, vocab, dtype, kwargs) -> tuple[Tensor, Tensor]:
+    """(hidden, weight) whose logits are of a model's size, and keywords of ops over hidden states."""
+    width = rng.choice([0, 3, 8, 33] if vocab > 128 else [0, 1, 3, 8])
+    hidden = randn(rng, *batch, width, scale=rng.choice([0.0, 0.3, 1.0]), dtype=dtype)
+    weight = randn(rng, vocab, width, scale=2 / math.sqrt(width or 1), dtype=dtype)
+    if rng.random() < 0.4:
+        kwargs["bias"] = randn(rng, vocab, dtype=dtype)
+        if vocab > 2 and rng.random() < 0.3:  # a masked vocabulary
+            kwargs["bias"][: rng.randrange(1, vocab)] = -math.inf
+    if rng.random() < 0.4:
+        kwargs["chunk_tokens"] = rng.choice([1, 2, 3])
+    return restride(rng, hidden), restride(rng, weight)
+
+
+def draw_linear_logprobs(rng: random.Random) -> Call:
+    call = draw_gather_logprobs(rng)
+    logits, labels = call.args
+    kwargs = dict(call.kwargs)
+    head = draw_head(rng, labels.shape, logits.shape[-1], logits.dtype, kwargs)
+    return Call((*head, labels), kwargs)
 
 
 def draw_kept_logprobs(rng: random.Random) -> Call:
@@ -261,6 +288,69 @@ def draw_ppo_policy_loss(rng: random.Random) -> Call:
     return Call((*draw_pair_of_logprobs(rng, shape, real_dtype(rng)), restride(rng, advantages)), kwargs)
 
 
+def draw_ppo_loss_from_logits(rng: random.Random, from_hidden=False) -> Call:
+    shape, rows, kwargs = draw_rows(rng)
+    count = math.prod(shape)
+    vocab = rng.choice([v for v in (1, 2, 7, 31, 82, 1000, 2049, 4099) if v * count < 100_000] or [1, 2])
+    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    logits = randn(rng, *shape, vocab, scale=rng.choice([0.0, 1.0, 5.0, 100.0]), dtype=dtype)
+    if vocab > 2 and rng.random() < 0.2:
+        logits[..., : rng.randrange(1, vocab)] = -math.inf
+    source = (restride(rng, logits, rows_only=rng.random() < 0.8),)
+    if from_hidden:
+        source = draw_head(rng, shape, vocab, dtype, kwargs)
+        bias = kwargs.get("bias")
+        logits = torch.nn.functional.linear(*(t.double() for t in source), None if bias is None else bias.double())
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    labels = torch.randint(0, vocab, shape, generator=generator)
+    kwargs |= {"clip_low": rng.choice([0.2, 0.05, 1.0]), "clip_high": rng.choice([0.2, 0.28]), **draw_aggregate(rng)}
+    kwargs["loss_type"] = rng.choice(["ppo", "ppo", "cispo"])
+    kwargs["importance_sampling_level"] = rng.choice(["token", "token", "token", "sequence"])
+    kwargs["dual_clip"] = rng.choice([None, None, 3.0, 1.5]) if kwargs["loss_type"] == "ppo" else None
+    kwargs["log_ratio_clip"] = rng.choice([20.0, 0.5, None])
+    kwargs["entropy_coef"] = rng.choice([0.0, 0.0, 0.01, -0.5])
+    options = {}
+    if rng.random() < 0.3:
+        options["temperature"] = rng.choice([0.7, 2.0, torch.rand(shape, generator=generator) + 0.5])
+    if rng.random() < 0.2 and dtype != torch.float16:
+        options["softcap"] = rng.choice([5.0, 30.0])
+    if rng.random() < 0.2:
+        options["logit_scale"] = rng.choice([0.0625, 1.5])
+    if rng.random() < 0.8:
+        kwargs["mask"] = draw_mask(rng, shape)
+    if count > 8 and kwargs["aggregate"].endswith(("token-sum", "norm")):
+        # A sum of n log-probs is off by n times what one is: brought back to where one tolerance serves.
+        kwargs["normalizer"] = rng.choice([count, torch.tensor(float(count)), torch.tensor([count])])
+    has_reference = rng.random() < 0.4
+    if has_reference or kwargs["importance_sampling_level"] == "sequence":
+        # Not for labels on -inf: their KL is infinite, the reference's gradient inf times p = 0, its sequences' ratios inf - inf.
+        possible = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) > -math.inf
+        labels = torch.where(possible, labels, vocab - 1)
+    # Log-ratios of a policy that has moved: those of noise would all be clamped.
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    logprobs = gather_logprobs_reference(logits.double(), labels, **wide).clamp(min=-1e4)
+
+    def moved(dtype):
+        # A ratio of 20 is an upstream gradient of 20: only where many tokens share the loss.
+        far = rng.choice([0.01, 0.3] if torch.float16 in (dtype, source[0].dtype) or count <= 8 else [0.01, 0.3, 3.0])
+        return restride(rng, (logprobs + randn(rng, *shape, scale=far, dtype=torch.float64)).to(dtype))
+
+    if has_reference:
+        kwargs["ref_logprobs"] = moved(real_dtype(rng))
+        kwargs["kl_coef"] = rng.choice([0.0, 0.05, 1.0])
+        kwargs["kl_estimator"] = rng.choice(list(ESTIMATORS))
+    if rng.random() < 0.3 and count:
+        labels.flatten()[rng.randrange(count)] = -100
+    one_a_row = [(rows, 1), *([(rows,)] if shape != (rows,) else [])]
+    advantages = restride(rng, randn(rng, *rng.choice([shape, shape, *one_a_row]), dtype=real_dtype(rng)))
+    labels = restride(rng, labels.to(rng.choice([torch.int32, torch.int64])))
+    return Call((*source, labels, moved(real_dtype(rng)), advantages), kwargs | options)
+
+
+def draw_linear_ppo_loss(rng: random.Random) -> Call:
+    return draw_ppo_loss_from_logits(rng, from_hidden=True)
+
+
 def draw_ppo_value_loss(rng: random.Random) -> Call:
     shape, _, kwargs = draw_rows(rng)
     tensors = [randn(rng, *shape, dtype=real_dtype(rng)) for _ in range(3)]
@@ -311,6 +401,9 @@ def draw_group_advantages(rng: random.Random) -> Call:
 
 OPS = {
     "gather_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_gather_logprobs),
+    # Their logits are sums of products in float32, off by some epsilons of their own size: 20 or so.
+    "linear_logprobs": Op(rlhf_fast.linear_logprobs, linear_logprobs_reference, draw_linear_logprobs, 16.0, 240.0),
+    "linear_ppo_loss": Op(rlhf_fast.linear_ppo_loss, linear_ppo_loss_reference, draw_linear_ppo_loss, 16.0, 240.0),
     "kept_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_kept_logprobs),
     "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
     "shape_rewards": Op(rlhf_fast.shape_rewards, shape_rewards_reference, draw_shape_rewards, units=0.5),
@@ -319,6 +412,9 @@ OPS = {
     "masked_whiten": Op(rlhf_fast.masked_whiten, masked_whiten_reference, draw_masked_whiten, units=0.51),
     "ppo_policy_loss": Op(rlhf_fast.ppo_policy_loss, ppo_policy_loss_reference, draw_ppo_policy_loss, units=0.51),
     "ppo_value_loss": Op(rlhf_fast.ppo_value_loss, ppo_value_loss_reference, draw_ppo_value_loss, units=0.51),
+    "ppo_loss_from_logits": Op(
+        rlhf_fast.ppo_loss_from_logits, ppo_loss_from_logits_reference, draw_ppo_loss_from_logits
+    ),
     "reward_pair_loss": Op(rlhf_fast.reward_pair_loss, reward_pair_loss_reference, draw_reward_pair_loss, units=0.51),
     "group_advantages": Op(rlhf_fast.group_advantages, group_advantages_reference, draw_group_advantages, units=0.51),
     "dpo_loss": Op(rlhf_fast.dpo_loss, dpo_loss_reference, draw_dpo_loss, units=0.51),
@@ -352,8 +448,12 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> f
     return worst
 
 
+# What takes gradients, of the ops that refuse them for the rest.
+INPUTS = {"ppo_loss_from_logits": (0, "logits"), "linear_ppo_loss": (0, 1, "hidden", "weight", "bias")}
+
+
 def is_input(op: str, index: int | str, value) -> bool:
-    return (
+    return index in INPUTS.get(op, (index,)) and (
         isinstance(value, Tensor)
         and value.is_floating_point()
         and index not in ("mask", "temperature", "lam", "normalizer")
@@ -416,14 +516,18 @@ def variant(call: Call) -> str:
 def units_of(name: str, call: Call) -> float:
     """The allowed error of this call, in epsilons."""
     kind, units = variant(call), OPS[name].units
-    if kind == "whiten":  # rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened
+    if (
+        kind == "whiten"
+    ):  # rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened
         wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.kwargs.items()}
         advantages, _ = OPS[name].reference(*(v.double() for v in call.args), **wide | {"whiten": False})
         kept = advantages[call.kwargs["mask"] != 0] if call.kwargs.get("mask") is not None else advantages.flatten()
         return 4.0 + float(kept.abs().max() / (kept.std() + 1e-4)) if kept.numel() > 1 else 4.0
     if kind == "softcap":  # z = cap tanh(..) / temperature is itself a rounded number as large as this
         smallest = torch.cat([torch.as_tensor(call.kwargs.get("temperature", 1.0)).flatten(), torch.ones(1)]).min()
-        return units + call.kwargs["softcap"] / float(smallest)
+        return units + call.kwargs["softcap"] / float(smallest) * (
+            3 if name == "ppo_loss_from_logits" else 1
+        )  # advantages
     return units
 
 
@@ -447,7 +551,7 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
         w = want.gradients.get(place)
         w = torch.zeros_like(leaf, dtype=torch.float64) if w is None else w
         # The gradient of a wide result may itself be rounded to a narrow input.
-        allowed = units + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
+        allowed = units + op.more_by_product + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
         if leaf.numel() < largest:  # one value a row: torch adds its gradient up over the tokens, in float32
             allowed = max(allowed, 4.0)
         error = assert_close(f"{name} gradient of argument {place}", g, w, allowed)

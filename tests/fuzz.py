@@ -75,6 +75,8 @@ def assert_threads_agree(name: str, kwargs: dict) -> None:
 def rows_of(name: str, kwargs: dict) -> int:
     """The number of rows, where every tensor has one entry a row; 0 where rows cannot be told apart."""
     tensors = [v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "normalizer"]
+    if "weight" in kwargs:  # a head: torch's product promises no bits
+        return 0
     if kwargs.get("cu_seqlens") is not None or len({t.shape[:1] for t in tensors}) != 1 or tensors[0].dim() == 0:
         return 0
     return tensors[0].shape[0]
@@ -82,7 +84,7 @@ def rows_of(name: str, kwargs: dict) -> int:
 
 def change_rows(kwargs: dict, rows: int, change) -> dict:
     def has_rows(key, value):
-        return key != "normalizer" and isinstance(value, Tensor) and value.shape[:1] == (rows,)
+        return key not in ("normalizer", "weight", "bias") and isinstance(value, Tensor) and value.shape[:1] == (rows,)
 
     return {k: change(v) if has_rows(k, v) else v for k, v in kwargs.items()}
 
@@ -121,6 +123,8 @@ def assert_packed_is_padded(name: str, kwargs: dict, device: str) -> None:
     mask = kwargs.get("mask")
     mask = torch.ones(tokens, dtype=torch.bool) if mask is None else mask
     padded = change_rows({k: v for k, v in kwargs.items() if k != "cu_seqlens"}, tokens, pad)
+    if isinstance(padded.get("temperature"), Tensor):  # refused on the CPU where it is not above 0
+        padded["temperature"] = padded["temperature"].nan_to_num(nan=1.0)
     padded["mask"] = torch.zeros(inside.shape, dtype=mask.dtype).masked_scatter(inside, mask.contiguous())
     if name == "masked_mean":
         padded["dim"] = -1

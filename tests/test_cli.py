@@ -14,7 +14,7 @@ import pytest
 from rlhf_fast import cli
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.data import read_preferences
-from rlhf_fast.train.run import base_model, configure
+from rlhf_fast.train.run import configure, new_model
 
 PAIRS = [{"prompt": f"Name colour {n}.", "chosen": f"Colour {n} is red.", "rejected": f"No {n}."} for n in range(40)]
 COMMAND = [sys.executable, "-m", "rlhf_fast.cli"]
@@ -73,7 +73,7 @@ def test_help_of_each_command_shows_its_example(capsys, name):
     assert max(map(len, out.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "dpo"])
 def test_help_of_a_stage_is_grouped_with_defaults_and_sources(capsys, name):
     out = " ".join(call(capsys, name, "--help")[1].split())
     assert "files: --model TEXT" in out
@@ -156,6 +156,9 @@ def test_unknown_yaml_key_gets_a_suggestion(capsys, tmp_path, pairs):
         (None, ["--sft.learning_rate", "0"], "sft: 'learning_rate' must be above 0, got 0.0"),
         (None, ["--ppo.gamma", "nan"], "ppo: 'gamma' must be a finite number, got nan"),
         (None, ["--ppo.num_mini_batches", "3", "--ppo.batch_size", "8"], "must be a multiple of 'num_mini_batches'"),
+        (None, ["--ppo.advantage", "grpo", "--ppo.lam", "0.5"], "'lam' means nothing with advantage grpo"),
+        (None, ["--algorithm", "dpo", "--dpo.label_smoothing", "0.7"], "'label_smoothing' must be below 0.5"),
+        (None, ["--algorithm", "rlhf"], "must be one of ppo, dpo"),
         (None, ["--heldout_fraction", "0"], "'heldout_fraction' must be above 0"),
         (None, ["--vocab_size", "100"], "'vocab_size' must be at least 259"),
         (None, ["--hidden_size", "30"], "hidden_size 30 must be a multiple of"),
@@ -242,7 +245,7 @@ def test_run_ends_with_the_headline_and_the_report(capsys, tmp_path, pairs):
 def test_a_stage_saves_a_config_that_repeats_it(capsys, tmp_path, pairs):
     (tmp_path / "tiny.yaml").write_text(TINY)
     config = configure(tmp_path / "tiny.yaml", {"data": pairs, "output_dir": "unused"})
-    model, tokenizer = base_model(config, read_preferences(pairs)[0])
+    model, tokenizer = new_model(config, read_preferences(pairs)[0])
     save_model(tmp_path / "base", model, tokenizer)
     first, second = tmp_path / "first", tmp_path / "second"
     words = ["--model", str(tmp_path / "base"), "--data", pairs, "--output_dir", str(first), "--learning_rate", "1e-3"]
@@ -279,6 +282,6 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_finished(tmp_path, pairs):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "rlhf-fast: interrupted; finished stages stay in the output directory"
+    assert err.splitlines()[-1] == "rlhf-fast: interrupted; the same command continues where it was"
     assert "Traceback" not in err
     assert (out / "base" / "model.safetensors").is_file() and not (out / "sft" / "stage.json").exists()

@@ -17,7 +17,15 @@ from tests.cases import OPS, Call
 B, T, V = 3, 5, 11
 
 # Ops whose packed form has shapes and gradients of its own to check.
-PACKED = ["shape_rewards", "gae", "masked_mean", "ppo_policy_loss", "ppo_value_loss"]
+PACKED = [
+    "shape_rewards",
+    "gae",
+    "masked_mean",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "ppo_loss_from_logits",
+    "linear_ppo_loss",
+]
 EXAMPLES = [*OPS, *(f"{name} packed" for name in PACKED)]
 
 
@@ -26,6 +34,9 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
 
     def real(*shape):
         return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(requires_grad)
+
+    def constant(*shape):
+        return real(*shape).detach()
 
     mask = torch.rand(B, T, generator=generator) < 0.7
     labels = torch.randint(0, V, (B, T), generator=generator)
@@ -44,6 +55,25 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
             (real(n), real(n), real(n), mask.flatten()), {"aggregate": "seq-mean-token-sum-norm", **packed}
         ),
         "gather_logprobs": lambda: Call((real(B, T, V), labels), {"with_entropy": True, "mask": mask, "softcap": 3.0}),
+        "linear_logprobs": lambda: Call(
+            (real(B, T, 4), real(V, 4), labels),
+            {"bias": real(V), "with_entropy": True, "mask": mask, "softcap": 3.0, "chunk_tokens": 4},
+        ),
+        "linear_ppo_loss": lambda: Call(
+            (real(B, T, 4), real(V, 4), labels, constant(B, T) - 2.5, constant(B), mask),
+            {
+                "bias": real(V),
+                "entropy_coef": 0.1,
+                "ref_logprobs": constant(B, T) - 2.5,
+                "kl_coef": 0.1,
+                "temperature": 0.7,
+                "chunk_tokens": 4,
+            },
+        ),
+        "linear_ppo_loss packed": lambda: Call(
+            (real(n, 4), real(V, 4), labels.flatten(), constant(n) * 0.1 - 2.5, constant(n), mask.flatten()),
+            {"aggregate": "seq-mean-token-mean", **packed},
+        ),
         "kept_logprobs": lambda: Call(
             (real(B, T, V), labels),
             {
@@ -58,6 +88,19 @@ def example(name: str, dtype=torch.float32, requires_grad=True) -> Call:
         "masked_whiten": lambda: Call((real(B, T), mask), {"shift_mean": False}),
         "ppo_policy_loss": lambda: Call((real(B, T), real(B, T), real(B, T), mask), {"dual_clip": 2.0}),
         "ppo_value_loss": lambda: Call((real(B, T), real(B, T), real(B, T), mask), {}),
+        "ppo_loss_from_logits": lambda: Call(
+            (real(B, T, V), labels, constant(B, T) - 2.5, constant(B), mask),
+            {"entropy_coef": 0.1, "ref_logprobs": constant(B, T) - 2.5, "kl_coef": 0.1, "temperature": 0.7},
+        ),
+        "ppo_loss_from_logits packed": lambda: Call(
+            (real(n, V), labels.flatten(), constant(n) * 0.1 - 2.5, constant(n), mask.flatten()),
+            {
+                "importance_sampling_level": "sequence",
+                "aggregate": "seq-mean-token-mean",
+                "entropy_coef": 0.1,
+                **packed,
+            },
+        ),
         "reward_pair_loss": lambda: Call((real(B), real(B)), {"margin": real(B), "center_coef": 0.01}),
         "group_advantages": lambda: Call((real(4 * B),), {"group_size": 4, "leave_one_out": True}),
         "dpo_loss": lambda: Call((real(B), real(B), real(B), real(B)), {"beta": 0.5, "label_smoothing": 0.1}),
@@ -91,13 +134,13 @@ def test_registrations_hold_under_opcheck(example_name, monkeypatch):
     """opcheck on every operator behind the op, forward and backward, with the arguments that the public function gives it."""
     name, call = example_name.split()[0], example(example_name)
     seen = kernels_called(name, call, monkeypatch)
-    if "inplace_backward" in inspect.signature(OPS[name].function).parameters:
+    for inplace in {"inplace", "inplace_backward"} & set(inspect.signature(OPS[name].function).parameters):
         logits = call.args[0].detach().clone().requires_grad_() * 1
-        call = Call((logits, *call.args[1:]), {**call.kwargs, "inplace_backward": True})
+        call = Call((logits, *call.args[1:]), {**call.kwargs, inplace: True})
         seen.update({k: v for k, v in kernels_called(name, call, monkeypatch).items() if k.name != name})
     assert name in {kernel.name for kernel in seen}
     for kernel, args in seen.items():
-        if "backward" in kernel.name:  # once differentiable: no formula of its own
+        if "backward" in kernel.name or "inplace" in kernel.name:  # no formula of its own
             args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(kernel.overload(), args)
 
@@ -108,12 +151,16 @@ def test_a_second_derivative_is_an_error_and_never_a_wrong_number(example_name, 
     """With a constant upstream too: a gradient penalty that came out as a constant would silently do nothing."""
     name, call = example_name.split()[0], example(example_name, torch.float64)
     leaves = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
-    if through == "function":
-        outputs = tensors_of(OPS[name].function(*call.args, **call.kwargs))
-    else:
-        kernel, args = next((k, a) for k, a in kernels_called(name, call, monkeypatch).items() if k.name == name)
-        outputs = tensors_of(kernel.overload()(*args))
-    outputs = [t for t in outputs if t.requires_grad]
+    kernel, args = next((k, a) for k, a in kernels_called(name, call, monkeypatch).items() if k.name == name)
+
+    def outputs_of_a_call():
+        if through == "function":
+            outputs = tensors_of(OPS[name].function(*call.args, **call.kwargs))
+        else:
+            outputs = tensors_of(kernel.overload()(*args))
+        return [t for t in outputs if t.requires_grad]
+
+    outputs = outputs_of_a_call()
     message = f"{name}: the op has no second derivative"
     if not outputs:
         pytest.skip(f"{name} has no derivative at all")
@@ -125,10 +172,29 @@ def test_a_second_derivative_is_an_error_and_never_a_wrong_number(example_name, 
             torch.autograd.grad(gradient.square().sum(), leaves, allow_unused=True)
         with pytest.raises(RuntimeError, match=message):
             (outputs[0].sum() + gradient.square().sum()).backward(retain_graph=True)
+    outputs = outputs_of_a_call()  # some allow one backward pass
     upstream = [torch.ones_like(t).requires_grad_() for t in outputs]
     for gradient in torch.autograd.grad(outputs, leaves, upstream, create_graph=True):
         with pytest.raises(RuntimeError, match=message):
             torch.autograd.grad(gradient.square().sum(), upstream, allow_unused=True)
+
+
+def called_anew(function):
+    """The function, called again for each backward pass."""
+
+    class Anew(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return function(*inputs)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            with torch.enable_grad():
+                return torch.autograd.grad(function(*inputs), inputs, gradients)
+
+    return Anew.apply
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -144,6 +210,11 @@ def test_gradients_in_double_precision(name):
         kwargs.update(zip(keys, inputs[len(places) :], strict=True))
         return tuple(t for t in tensors_of(op.function(*args, **kwargs)) if t.requires_grad)
 
+    if name.split()[0] in (
+        "ppo_loss_from_logits",
+        "linear_ppo_loss",
+    ):  # gradcheck goes backward through one call several times
+        function = called_anew(function)
     assert torch.autograd.gradcheck(function, (*(call.args[i] for i in places), *(call.kwargs[k] for k in keys)))
 
 
@@ -528,6 +599,62 @@ BAD = [
         ValueError,
         "`cu_seqlens` must not decrease, got 6 then 5 at position 2",
     ),
+    (
+        "ppo_loss_from_logits",
+        (t(2, 3, 5), ints, t(2, 3).requires_grad_(), t(2, 3)),
+        {},
+        ValueError,
+        "`old_logprobs` requires grad, but no gradient flows to it; pass old_logprobs.detach\\(\\)",
+    ),
+    (
+        "ppo_loss_from_logits",
+        (t(2, 3, 5), ints, t(2, 3), t(2, 3).requires_grad_()),
+        {},
+        ValueError,
+        "`advantages` requires grad",
+    ),
+    (
+        "ppo_loss_from_logits",
+        (t(2, 3, 5), ints, t(2, 3), t(2, 3)),
+        {"ref_logprobs": t(2, 3).requires_grad_()},
+        ValueError,
+        "`ref_logprobs` requires grad",
+    ),
+    (
+        "ppo_loss_from_logits",
+        (t(2, 3, 5), ints, t(2, 3), t(2, 3)),
+        {"kl_coef": 0.1},
+        ValueError,
+        "`ref_logprobs` must be given where `kl_coef` is not 0, got None and 0.1",
+    ),
+    (
+        "ppo_loss_from_logits",
+        (t(2, 3, 5).requires_grad_(), ints, t(2, 3), t(2, 3)),
+        {"inplace": True},
+        ValueError,
+        "`inplace` needs logits that an op made; these are a leaf that requires grad",
+    ),
+    (
+        "ppo_loss_from_logits",
+        (t(2, 3, 5), ints - 1, t(2, 3), t(2, 3)),
+        {},
+        ValueError,
+        "`labels` holds -1 at flat position 0; a label must be in",
+    ),
+    (
+        "ppo_loss_from_logits",
+        (t(6, 5), ints.flatten(), t(6), t(6)),
+        {},
+        ValueError,
+        r"`labels` must be \[B, T\], got shape \[6\]",
+    ),
+    (
+        "ppo_loss_from_logits",
+        (t(2, 3, 5), ints, t(2, 3), t(5)),
+        {},
+        ValueError,
+        r"`advantages` has shape \[5\] but must have the shape of `labels`, \[2, 3\]",
+    ),
     ("ppo_value_loss", (t(2, 4), t(2, 4), t(2, 3)), {}, ValueError, r"`returns` has shape \[2, 3\]"),
     ("ppo_value_loss", (t(2, 4), t(2, 4), t(2, 4)), {"clip": -1}, ValueError, "`clip` must be finite and at least 0"),
     (
@@ -619,7 +746,7 @@ def test_docstrings_give_shapes_returns_and_errors(name):
     parameters = inspect.signature(OPS[name].function).parameters
     assert all(p in text for p in parameters)
     reference = inspect.signature(OPS[name].reference).parameters
-    assert [p for p in parameters if p != "inplace_backward"] == list(reference)
+    assert [p for p in parameters if p not in ("inplace", "inplace_backward")] == list(reference)
 
 
 def test_importing_leaves_the_process_alone():

@@ -37,6 +37,10 @@ def test_a_missing_barrier_changes_the_result_in_some_order(program):
     assert any(int(program("racy", order).stdout) != right for order in ORDERS)
 
 
+def test_a_missing_wait_for_the_cluster_changes_the_result_in_some_order(program):
+    assert any(int(program("racy-cluster", order).stdout) != 1 + 2 + 3 + 4 for order in ORDERS)
+
+
 def test_threads_at_different_barriers_are_a_deadlock_and_the_next_kernel_runs(program):
     done = program("stuck", "forward")
     assert done.stdout.startswith("deadlock") and done.returncode == 0, done.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_fast"
-STAGES = ("train.sft", "train.reward", "train.ppo")
+STAGES = ("train.sft", "train.reward", "train.ppo", "train.dpo")
 LAYERS = [
     "_C",
     "ops",
@@ -19,9 +19,12 @@ LAYERS = [
     "train.policy",
     "train.generate",
     "train.checkpoint",
-    "train.record",
     "train.loop",
+    "train.replies",
+    "train.resume",
+    "train.record",
     "train.rollout",
+    "train.group",
     *STAGES,
     "train.evaluate",
     "train.report",

@@ -118,6 +118,13 @@ def test_a_second_backward_in_place_says_why_not(device):
         loss.backward()
 
 
+def test_what_saved_the_logits_is_not_differentiated_through_their_gradient(device):
+    logits, labels = draw(3, device=device)
+    loss = gather_logprobs(torch.tanh(logits.requires_grad_()), labels, inplace_backward=True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_in_place_backward_refuses_rows_that_share_memory(device):
     logits, labels = draw(1, 4, device=device)
     shared = (logits.requires_grad_() * 1).expand(3, 4, 50)

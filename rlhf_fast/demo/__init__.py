@@ -1,4 +1,4 @@
-"""The demo: all three stages on a world small enough for a minute or two of one CPU core, with a judge who knows.
+"""The demo: all stages on a world small enough for a minute or two of one CPU core, with a judge who knows.
 
 `demonstrations.jsonl` holds mediocre replies, from which a new model of 110 thousand parameters learns to speak. It
 then answers prompts twice; annotators with noise choose the better reply; `pairs.jsonl` holds their choices. From
@@ -7,7 +7,6 @@ there on nothing knows the truth until the evaluation asks the judge.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_fast.demo.world import GroundTruth, all_prompts, annotate, demonstrate, vocabulary
-from rlhf_fast.train.checkpoint import claim_output, save_model
+from rlhf_fast.train.checkpoint import WEIGHTS, numbered, save_model, write_file
 from rlhf_fast.train.config import option, validate
+from rlhf_fast.train.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -30,9 +30,12 @@ class DemoConfig:
     """A run of all stages on the demo's world."""
 
     output_dir: str | None = option(
-        None, "new directory for everything the demo makes; none: runs/demo, then runs/demo-2, ..."
+        None,
+        "new directory for everything the demo makes, or that of the demo to continue; none: runs/demo, demo-2, ...",
     )
+    algorithm: str = option("ppo", "what learns from the preferences", choices=("ppo", "grpo", "rloo", "dpo"))
     seed: int = option(0, "seed of everything random", minimum=0)
+    resume: bool = option(True, "continue what was killed in output_dir; false: refuse a directory in use")
 
 
 DEMONSTRATIONS = 12_000
@@ -66,6 +69,17 @@ PPO = {
     "missing_eos": "subtract",
     "response_length": REPLY_TOKENS,
 }
+GROUPED = {
+    "grpo": {"advantage": "grpo", "kl_coef": 0.4, "num_ppo_epochs": 2},
+    "rloo": {"advantage": "rloo"},
+}
+DPO = {
+    "beta": 0.3,
+    "num_train_epochs": 2,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "max_response_tokens": REPLY_TOKENS,
+}
 
 
 def run_demo(config: DemoConfig) -> Path:
@@ -73,32 +87,54 @@ def run_demo(config: DemoConfig) -> Path:
     from rlhf_fast.train.run import run
 
     validate(config)
-    out = claim_output(config.output_dir or next_free("runs/demo"))
-    out.mkdir(parents=True, exist_ok=True)
-    write_demonstrations(out / "demonstrations.jsonl", seed=config.seed, count=DEMONSTRATIONS)
-    tokenizer = build_tokenizer()
-    save_model(out / "base", build_model(tokenizer, seed=config.seed), tokenizer)
+    out = Path(config.output_dir) if config.output_dir else next_free("runs/demo", config)
     return run(
-        settings(out, config.seed),
+        settings(out, config),
+        prepare=lambda: make_inputs(out, config.seed),
         make_pairs=lambda policy: write_pairs(out / "pairs.jsonl", policy, seed=config.seed, count=PAIRS),
         judge=GroundTruth(),
-        claimed=True,
     )
 
 
-def next_free(path: str) -> Path:
-    """`path`, or the first of path-2, path-3, ... that does not exist: a demo is run again without losing the last."""
-    candidates = (Path(path if number == 1 else f"{path}-{number}") for number in itertools.count(1))
-    return next(candidate for candidate in candidates if not candidate.exists())
+def next_free(path: str, config: DemoConfig) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist, so that a demo is run again without losing the last.
+
+    One that was killed, with this config, comes before.
+    """
+    return next(out for out in numbered(path) if not out.exists() or (config.resume and unfinished(out, config)))
 
 
-def settings(out: Path, seed: int) -> RunConfig:
+def unfinished(out: Path, config: DemoConfig) -> bool:
+    """Whether `out` holds this demo, begun and not finished, and no process is at it."""
+    from rlhf_fast.train.checkpoint import LOCK, locked
+    from rlhf_fast.train.run import CONFIG, claim
+
+    try:
+        _, finished = claim(settings(out, config))
+        with locked(out / LOCK):
+            return (out / CONFIG).is_file() and not finished
+    except UserError:
+        return False
+
+
+def make_inputs(out: Path, seed: int) -> None:
+    """The demonstrations and the model that SFT starts from, unless they are there."""
+    if not (out / "demonstrations.jsonl").exists():
+        write_demonstrations(out / "demonstrations.jsonl", seed=seed, count=DEMONSTRATIONS)
+    if not (out / "base" / WEIGHTS).exists():
+        tokenizer = build_tokenizer()
+        save_model(out / "base", build_model(tokenizer, seed=seed), tokenizer)
+
+
+def settings(out: Path, config: DemoConfig) -> RunConfig:
     """The run's configuration: the measured settings above, for one thread."""
     from rlhf_fast.train.config import from_dict
     from rlhf_fast.train.run import RunConfig
 
     files = {"data": str(out / "demonstrations.jsonl"), "model": str(out / "base"), "output_dir": str(out)}
-    return from_dict(RunConfig, files | SHARED | {"seed": seed, "sft": SFT, "reward": REWARD, "ppo": PPO})
+    given = {"seed": config.seed, "resume": config.resume, "algorithm": "dpo" if config.algorithm == "dpo" else "ppo"}
+    ppo = PPO | GROUPED.get(config.algorithm, {})
+    return from_dict(RunConfig, files | SHARED | given | {"sft": SFT, "reward": REWARD, "ppo": ppo, "dpo": DPO})
 
 
 def write_demonstrations(path: Path, *, seed: int, count: int) -> Path:
@@ -111,8 +147,10 @@ def write_demonstrations(path: Path, *, seed: int, count: int) -> Path:
 def write_pairs(path: Path, policy_dir: Path, *, seed: int, count: int) -> Path:
     """`count` rows {prompt, chosen, rejected}: two replies of the policy at temperature 1, ordered by an annotator.
 
-    Prompts that got the same reply twice are left out.
+    Prompts that got the same reply twice are left out. A file that is there is left alone.
     """
+    if path.exists():
+        return path
     import torch
 
     from rlhf_fast.train.data import encode_prompt
@@ -147,7 +185,8 @@ def write_pairs(path: Path, policy_dir: Path, *, seed: int, count: int) -> Path:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with write_file(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -64,10 +64,13 @@ class Kernel:
     What `register` gives an op is registered with torch.library, which serves torch.compile and direct calls of
     `torch.ops`. The same formulas as an autograd.Function cost half as much a call, so eager calls go through that, and past
     the dispatcher wherever nothing (a mode, a transform, a profiler, a tensor subclass) is there to see the call.
+
+    `function` is the public function that errors speak of, where one op serves several.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, function: str | None = None):
         self.name = name
+        self.function = function or name
         self._overloads: dict[str, Any] = {}
         self._direct: Any = None
         self._tensors: tuple[int, ...] = ()  # where the tensors stand among the arguments
@@ -79,7 +82,8 @@ class Kernel:
             self._overloads[_namespace] = found
             self._tensors = tuple(i for i, a in enumerate(found._schema.arguments) if "Tensor" in str(a.type))
             if _namespace == "rlhf_fast":
-                self._direct = _direct_call(self.name, found)
+                in_python = _implementations.get(self.name)
+                self._direct = in_python[1] if in_python else _direct_call(self.name, found)
         return found
 
     def _below(self, args):
@@ -111,19 +115,28 @@ class Kernel:
             refusal = _REFUSAL.search(str(error))
             if refusal:
                 kind = ValueError if refusal.group(1) == "ValueError" else TypeError
-                raise kind(refusal.group(2)) from None
+                raise kind(refusal.group(2).replace(f"{self.name}: ", f"{self.function}: ", 1)) from None
             if _NO_KERNEL in str(error):
                 devices = sorted({str(a.device) for a in args if isinstance(a, Tensor)})
                 raise ValueError(
-                    f"{self.name}: this build of rlhf_fast has no kernel for tensors on {', '.join(devices)}; "
+                    f"{self.function}: this build of rlhf_fast has no kernel for tensors on {', '.join(devices)}; "
                     "rlhf_fast.build_info()['cuda'] says whether CUDA was built in"
                 ) from None
             raise
 
 
+_implementations: dict[str, tuple[str, Callable]] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
 _registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
 _public_names: dict[str, str] = {}
+
+
+def define(schema: str, implementation: Callable) -> None:
+    """An op of the library that is written in Python, around torch's products and other ops; `register` comes after it.
+
+    The implementation is called below autograd, on any device; its outputs may not share memory with its inputs.
+    """
+    _implementations[schema.partition("(")[0]] = schema, implementation
 
 
 def register(
@@ -132,21 +145,24 @@ def register(
     *,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    backward_eager: Callable | None = None,
     function: str | None = None,
 ) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable).
 
-    `function` is the public function that errors speak of, where its name is not the op's.
+    `backward_eager` takes the place of `backward` in eager calls: one that may write over what the forward pass made, of
+    which the public function gives nothing away. `function` is the public function that errors speak of, where its name is
+    not the op's.
     """
     _public_names[name] = function or name
     if backward is not None:
-        backward = _first_derivative_only(name, backward)
-        _functions[name] = _function(setup_context, backward)
+        _functions[name] = _function(setup_context, first_derivative_only(name, backward_eager or backward))
+        backward = first_derivative_only(name, backward)
     _registrations[name] = (fake, setup_context, backward)
     _register_in("rlhf_fast", name)
 
 
-def _first_derivative_only(name: str, formula: Callable) -> Callable:
+def first_derivative_only(name: str, formula: Callable) -> Callable:
     """The formula, its results refusing to be differentiated.
 
     torch's once_differentiable refuses only where the upstream gradient requires grad. A gradient penalty has a constant one:
@@ -201,6 +217,10 @@ def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd
 
 def _register_in(library: str, name: str) -> None:
     fake, setup_context, backward = _registrations[name]
+    if name in _implementations:
+        schema, implementation = _implementations[name]
+        torch.library.define(f"{library}::{name}", schema.removeprefix(name))
+        torch.library.impl(f"{library}::{name}", "default", implementation)
     torch.library.register_fake(f"{library}::{name}", _on_one_device(library, name, fake))
     if backward is not None:
         torch.library.register_autograd(f"{library}::{name}", backward, setup_context=setup_context)
@@ -348,6 +368,14 @@ def constants(op: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: `{name}` must be floating point or integer, got {value.dtype}")
     return value.to(dtype)
+
+
+def real_constants(op: str, **tensors: Any) -> list[Tensor]:
+    """The named floating-point tensors that no gradient flows to, in float64 (exactly)."""
+    for name, value in tensors.items():
+        if not need_tensor(op, name, value).is_floating_point():
+            raise TypeError(f"{op}: `{name}` must be floating point, got {value.dtype}")
+    return [constants(op, name, value, torch.float64) for name, value in tensors.items()]
 
 
 AGGREGATES = {

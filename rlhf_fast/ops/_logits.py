@@ -1,13 +1,36 @@
-"""What the ops over logits share: the fake kernel's outputs and the autograd formula, in place or not."""
+"""What the ops over logits share: options, the fake kernel's outputs and the autograd formula, in place or not."""
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from rlhf_fast.ops._common import constants, integer, number
+
+
+def accumulate_dtype(logits: Tensor) -> torch.dtype:
+    """Of the arithmetic and the outputs."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index):
+    """(temperatures or None, temperature, cap or 0, scale, ignore_index), checked."""
+    cap = number(op, "softcap", softcap, above=0.0, none=0.0)
+    scale = number(op, "logit_scale", logit_scale, above=0.0)
+    ignore_index = integer(op, "ignore_index", ignore_index)
+    taus, tau = None, 1.0
+    if isinstance(temperature, Tensor):
+        taus = constants(op, "temperature", temperature, accumulate_dtype(logits))
+        if taus.dim() == 0:
+            taus = taus.expand(labels.shape)
+    else:
+        tau = number(op, "temperature", temperature, above=0.0)
+    return taus, tau, cap, scale, ignore_index
 
 
 def fake_outputs(logits, labels, with_entropy):
     """Log-probs, entropy (empty where not asked for) and row statistics, as the forward kernels return them."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logits)
     logprobs = labels.new_empty(labels.shape, dtype=dtype)
     entropy = labels.new_empty(labels.shape if with_entropy else (0,), dtype=dtype)
     return logprobs, entropy, labels.new_empty((labels.numel(), 3), dtype=dtype)
@@ -40,6 +63,8 @@ def formula(backward: Callable, backward_inplace: Callable, inputs: int) -> Call
         if ctx.inplace and not torch.compiler.is_compiling():
             logits_grad = logits.detach()
             backward_inplace(*gradients, logits_grad, *rest, *ctx.options)
+            # An operation that saved the logits now refuses to go on.
+            torch.autograd.graph.increment_version(logits_grad)
             ctx.overwritten = True
             return (logits_grad, *nothing[1:])
         return (backward(*gradients, logits, *rest, *ctx.options), *nothing[1:])

@@ -6,11 +6,8 @@ from torch import Tensor
 from rlhf_fast.ops import _logits
 from rlhf_fast.ops._common import (
     Kernel,
-    constants,
     flag,
-    integer,
     need_tensor,
-    number,
     optional_mask,
     optional_tensor,
     register,
@@ -76,20 +73,11 @@ def gather_logprobs(
     kept = optional_tensor(op, "kept", kept)
     flag(op, "with_entropy", with_entropy)
     flag(op, "inplace_backward", inplace_backward)
-    cap = number(op, "softcap", softcap, above=0.0, none=0.0)
-    scale = number(op, "logit_scale", logit_scale, above=0.0)
-    ignore_index = integer(op, "ignore_index", ignore_index)
     if logits.dim() == 0:
         raise ValueError(f"{op}: `logits` must be [..., V], got a tensor without dimensions")
-    taus, tau = None, 1.0
-    if isinstance(temperature, Tensor):
-        taus = constants(
-            op, "temperature", temperature, torch.float64 if logits.dtype == torch.float64 else torch.float32
-        )
-        if taus.dim() == 0:
-            taus = taus.expand(labels.shape)
-    else:
-        tau = number(op, "temperature", temperature, above=0.0)
+    taus, tau, cap, scale, ignore_index = _logits.options_of(
+        op, logits, labels, temperature, softcap, logit_scale, ignore_index
+    )
 
     shape = labels.shape
     if logits.dim() > 3:

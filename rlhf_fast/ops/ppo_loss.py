@@ -43,6 +43,32 @@ POLICY_STATS = (
 VALUE_STATS = ("clip_fraction", "error", "value_mean", "return_mean", "explained_variance", "tokens")
 
 
+def policy_options(op, clip_low, clip_high, dual_clip, log_ratio_clip, importance_sampling_level, loss_type, aggregate):
+    """What the kernels take of a policy loss's options, in their order, checked."""
+    options = (
+        number(op, "clip_low", clip_low, low=0.0, high=1.0),
+        number(op, "clip_high", clip_high, low=0.0),
+        number(op, "dual_clip", dual_clip, above=1.0, none=math.inf),
+        number(op, "log_ratio_clip", log_ratio_clip, above=0.0, none=math.inf),
+        choice(op, "importance_sampling_level", importance_sampling_level, LEVELS),
+        choice(op, "loss_type", loss_type, LOSS_TYPES),
+        choice(op, "aggregate", aggregate, AGGREGATES),
+    )
+    if dual_clip is not None and loss_type == "cispo":
+        raise ValueError(
+            f"{op}: `dual_clip` must be None with loss_type='cispo', which bounds every ratio, got {dual_clip}"
+        )
+    return options
+
+
+def one_a_row(advantages: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Advantages [B] as [B, 1]; of any other shape as they are. `tokens` has a value a token."""
+    if advantages.dim() == 1 and tokens.dim() > 0 and advantages.shape != tokens.shape:
+        rows = len(tokens) if cu_seqlens is None else cu_seqlens.numel() - 1
+        return advantages.unsqueeze(-1) if len(advantages) == rows else advantages
+    return advantages
+
+
 def ppo_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -103,22 +129,10 @@ def ppo_policy_loss(
         op, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
     mask, cu_seqlens = optional_mask(op, mask), optional_offsets(op, cu_seqlens)
-    options = (
-        number(op, "clip_low", clip_low, low=0.0, high=1.0),
-        number(op, "clip_high", clip_high, low=0.0),
-        number(op, "dual_clip", dual_clip, above=1.0, none=math.inf),
-        number(op, "log_ratio_clip", log_ratio_clip, above=0.0, none=math.inf),
-        choice(op, "importance_sampling_level", importance_sampling_level, LEVELS),
-        choice(op, "loss_type", loss_type, LOSS_TYPES),
-        choice(op, "aggregate", aggregate, AGGREGATES),
+    options = policy_options(
+        op, clip_low, clip_high, dual_clip, log_ratio_clip, importance_sampling_level, loss_type, aggregate
     )
-    if dual_clip is not None and loss_type == "cispo":
-        raise ValueError(
-            f"{op}: `dual_clip` must be None with loss_type='cispo', which bounds every ratio, got {dual_clip}"
-        )
-    if advantages.dim() == 1 and logprobs.dim() > 0 and advantages.shape != logprobs.shape:
-        rows = len(logprobs) if cu_seqlens is None else cu_seqlens.numel() - 1
-        advantages = advantages.unsqueeze(-1) if len(advantages) == rows else advantages
+    advantages = one_a_row(advantages, logprobs, cu_seqlens)
     count = normalizer_of(op, normalizer)
     need = needs_gradient(advantages)
     loss, stats, *_ = _policy(logprobs, old_logprobs, advantages, mask, cu_seqlens, *options, *count, need)

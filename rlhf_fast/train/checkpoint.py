@@ -7,28 +7,36 @@ that order.
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import itertools
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import quiet_transformers
 
 # One file per model: a reader never has to ask whether all the shards are there.
 ONE_SHARD = "1000GB"
+WEIGHTS = "model.safetensors"
+LOCK = ".lock"
+PARTIAL = ".partial-"  # in the name of whatever is being written or removed, behind a dot
 
 
 def claim_output(path: str | Path) -> Path:
-    """The directory to write to, not made yet. UserError if something is already there."""
+    """The directory to write to, not made yet. UserError if something is already there, a killed process's lock aside."""
     path = Path(path)
     if path.is_file():
         raise UserError(f"output directory {path} is a file; give a new directory")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and not all(file.name == LOCK or PARTIAL in file.name for file in path.iterdir()):
         raise UserError(f"output directory {path} already holds files; give a new directory or remove it first")
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -44,7 +52,7 @@ def write_directory(path: str | Path) -> Iterator[Path]:
     """
     path = claim_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = beside(path)
     partial.mkdir()
     try:
         yield partial
@@ -56,15 +64,31 @@ def write_directory(path: str | Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+@contextmanager
+def write_file(path: str | Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path`; on success it takes the place of `path`, on failure it is removed."""
+    path = Path(path)
+    partial = beside(path)
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as strict JSON, atomically: numbers that JSON does not know become "nan", "inf", "-inf"."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    text = json.dumps(finite_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)
+    text = to_json(value)
+    with write_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def to_json(value: Any) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(finite_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path) -> Any:
@@ -97,7 +121,7 @@ def save_model(path: str | Path, model: Any, tokenizer: Any) -> None:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    partial = path / f".model.partial-{os.getpid()}"
+    partial = beside(path / "model")
     try:
         with quiet_transformers():
             model.save_pretrained(partial, max_shard_size=ONE_SHARD)
@@ -108,6 +132,78 @@ def save_model(path: str | Path, model: Any, tokenizer: Any) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     flush(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a directory that others may be reading: it is gone at once, or still whole."""
+    partial = beside(path)
+    os.rename(path, partial)
+    shutil.rmtree(partial)
+
+
+def remove_partials(*directories: Path) -> None:
+    """Remove what killed processes were writing or discarding there."""
+    for path in [path for directory in directories for path in directory.glob(f".*{PARTIAL}*")]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def beside(path: Path) -> Path:
+    """The name under which this process prepares `path`."""
+    return path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
+
+
+def numbered(path: str | Path) -> Iterator[Path]:
+    """path, path-2, path-3, ..."""
+    yield (path := Path(path))
+    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, made and removed here; it is released with the process, however that ends.
+
+    UserError if another process holds it. A lock of `fcntl.lockf` is not inherited by forked workers, which would keep it
+    alive after their parent has been killed.
+    """
+    file = _take(path)
+    try:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _take(path: Path) -> TextIO:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(100)
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{path} cannot be locked ({error.strerror}); give a directory on another disk"
+                ) from None
+            raise UserError(f"{path.parent} is in use by process {holder}; wait for it or stop it") from None
+        # Its holder may have removed the file between the two calls: then this is the lock of nothing.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def flush_tree(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Did PPO make the policy better? Two policies answer the same held-out prompts and a judge scores every answer.
+"""Did training make the policy better? Two policies answer the same held-out prompts and a judge scores every answer.
 
 A judge is any callable with a `name` that maps a list of `Sample(prompt, response, finished)` to one number each,
 higher is better: a program, a person's ratings, or a reward model (`reward_judge`). A reward model that PPO was
@@ -287,9 +287,10 @@ def compare_policies(
     seed: int = 0,
     device: str = "cpu",
 ) -> dict:
-    """Both policies answer `prompts`, drawn at PPO's `temperature` from the same seed; `judge` scores the answers.
+    """Both policies answer `prompts`, drawn at one `temperature` from the same seed; `judge` scores the answers.
 
-    judge: None means the reward model in `reward_dir`, which PPO optimised: the result then says so.
+    judge: None means the reward model in `reward_dir`, which PPO optimised, or which learned from the same pairs as DPO: the
+    result then says so.
     reward_dir: also scores the replies and, with held-out `preferences`, measures its agreement with the judge.
     kl: the sequence KL to the SFT model in nats, as PPO measured it last; copied into the result.
     samples: how many replies are kept as text, the first ones; besides them, up to 5 that lost the most.

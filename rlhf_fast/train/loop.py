@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,9 @@ SMALL_MODEL = 5_000_000
 DEFAULT_THREADS = torch.get_num_threads()
 SCHEDULES = ("linear", "cosine", "constant")
 N_PLUS = "arXiv 2403.17031"  # Huang et al. 2024, whose settings are most of the defaults
+RESUME = "continue what was killed in output_dir; false: refuse a directory in use"
+SAVE_EVERY = "seconds between two checkpoints, more where they would take over 1 % of the time; 0: after every update"
+KEEP_CHECKPOINTS = "newest checkpoints kept until the stage is finished"
 BUCKET_WINDOW = 16  # batches whose rows are sorted by length together
 
 
@@ -37,7 +42,7 @@ class StageConfig:
 
     model: str = required("directory (or Hugging Face name) of the model to start from", group="files")
     data: str = required("JSONL file, plain or gzipped; a preference file serves every stage")
-    output_dir: str = required("new directory for the result")
+    output_dir: str = required("new directory for the result, or that of the run to continue")
     bad_rows: str = option("stop", "what to do with rows that cannot be used", choices=("stop", "skip"))
     heldout_fraction: float = option(0.05, "share of prompts that no stage trains on", minimum=0, maximum=0.9)
     split_seed: int = option(0, "chooses which prompts are held out; the same in every stage")
@@ -45,9 +50,17 @@ class StageConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
+    resume: bool = option(True, RESUME, group="checkpoints")
+    save_every: float = option(30.0, SAVE_EVERY, minimum=0)
+    keep_checkpoints: int = option(2, KEEP_CHECKPOINTS, minimum=1)
 
 
 # ------------------------------------------------------------------------------------------------------ process
+
+
+def say(line: str) -> None:
+    """One line for whoever watches."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,6 +79,7 @@ def pick_device(name: str) -> torch.device:
 def seed_everything(seed: int) -> torch.Generator:
     """Seed the global generators and return one more, for the order of the data, that no sampling can disturb."""
     random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
@@ -165,8 +179,21 @@ class Means:
     def take(self) -> dict[str, float]:
         """The mean of each name, one transfer in all; forgets what was added."""
         names, rows, self._rows = list(self._rows[0]), self._rows, []
-        table = torch.stack([torch.stack([row[name].double() for name in names]) for row in rows])
-        return dict(zip(names, table.mean(0).tolist(), strict=True))
+        return dict(zip(names, _table(names, rows).mean(0).tolist(), strict=True))
+
+    def state(self) -> dict[str, list]:
+        """What was added since the last look, to be saved."""
+        names = list(self._rows[0]) if self._rows else []
+        return {"names": names, "rows": _table(names, self._rows).tolist() if self._rows else []}
+
+    def restore(self, state: Mapping[str, list], device: torch.device) -> None:
+        """Add what `state` says in place of what was added."""
+        rows = [torch.tensor([float(x) for x in row], dtype=torch.float64, device=device) for row in state["rows"]]
+        self._rows = [dict(zip(state["names"], row.unbind(), strict=True)) for row in rows]
+
+
+def _table(names: Sequence[str], rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    return torch.stack([torch.stack([row[name].double() for name in names]) for row in rows])
 
 
 def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, warmup_steps: int = 0) -> float:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import gather_logprobs, linear_logprobs
+from rlhf_fast import gather_logprobs, linear_logprobs, linear_ppo_loss, ppo_loss_from_logits
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import accepts, forward_inputs, hidden_states
 
@@ -56,8 +56,37 @@ def response_logprobs(
     if full_logits:
         logits = _logits(model, ids, mask, response_length)
         return gather_logprobs(logits, labels, inplace_backward=_output_of_linear(logits), **options)
-    hidden = hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -response_length:]
+    hidden = _response_hidden(model, ids, mask, response_length)
     return linear_logprobs(hidden, labels=labels, **logit_head(model).arguments(), **options)
+
+
+def response_ppo_loss(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    response_length: int,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    full_logits: bool = False,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss over the last `response_length` = T tokens, and its statistics: one backward pass belongs to it.
+
+    ids, mask and full_logits as in `response_logprobs`, the tensors after them [B, T], options those of `linear_ppo_loss`.
+    """
+    labels = ids[:, -response_length:]
+    tensors = {"labels": labels, "old_logprobs": old_logprobs, "advantages": advantages, "mask": response_mask}
+    if full_logits:
+        logits = _logits(model, ids, mask, response_length)
+        return ppo_loss_from_logits(logits, **tensors, **options, inplace=_output_of_linear(logits))
+    hidden = _response_hidden(model, ids, mask, response_length)
+    return linear_ppo_loss(hidden, **tensors, **logit_head(model).arguments(), **options)
+
+
+def _response_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    return hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -length:]
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:

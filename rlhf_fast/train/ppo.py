@@ -6,7 +6,8 @@ num_ppo_epochs x num_mini_batches optimizer steps on
     max(-A ratio, -A clip(ratio, 1 +- cliprange)) + vf_coef * clipped value loss - entropy_coef * entropy
 
 (Schulman et al. 2017, arXiv 1707.06347). The details that decide whether this learns, and the defaults, are those of
-Huang et al. 2024 (arXiv 2403.17031), with gradient clipping added. Every mean runs over response tokens alone.
+Huang et al. 2024 (arXiv 2403.17031), with gradient clipping added. Every mean runs over response tokens alone. With
+`advantage` grpo or rloo, several replies to each prompt take the place of the value model: see `group`.
 """
 
 from __future__ import annotations
@@ -14,21 +15,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from rlhf_fast import kl_penalty, ppo_policy_loss, ppo_value_loss
-from rlhf_fast.train import loop
-from rlhf_fast.train.checkpoint import claim_output, save_model, write_directory
+from rlhf_fast import kl_penalty, ppo_value_loss
+from rlhf_fast.train import group, loop
+from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
-from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
 from rlhf_fast.train.record import Stage
-from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, advantage, roll_out, score
+from rlhf_fast.train.resume import State, claim
+from rlhf_fast.train.rollout import Advantaged, Models, RewardFunction, Scored, advantage, roll_out, score
+
+# Keys that a kind of advantage does not read.
+OF_VALUES = ("whiten_rewards", "whiten_advantages", "gamma", "lam", "cliprange_value", "vf_coef")
+UNREAD = {"gae": ("group_size",), "grpo": OF_VALUES, "rloo": OF_VALUES}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class PPOConfig(loop.StageConfig):
     """PPO on the prompts of `data`; `model` is the fine-tuned policy, which also stays as the reference."""
 
     reward_model: str | None = option(
-        None, "directory of the reward model; its copy becomes the value model", group="files"
+        None, "directory of the reward model; with gae its copy becomes the value model", group="files"
     )
     max_prompt_tokens: int = option(
         512, "longer prompts lose their beginning", minimum=1, source=loop.N_PLUS, group="rollout"
@@ -52,18 +59,34 @@ class PPOConfig(loop.StageConfig):
     missing_eos_penalty: float = option(1.0, "see missing_eos", minimum=0, source=loop.N_PLUS)
     score_clip: float | None = option(None, "limit scores to +- this", above=0)
     kl_coef: float = option(
-        0.05, "weight of the KL penalty in the reward", minimum=0, source=loop.N_PLUS, group="reward"
+        0.05,
+        "weight of the KL penalty in the reward; in the loss with grpo",
+        minimum=0,
+        source=loop.N_PLUS,
+        group="reward",
     )
-    kl_estimator: str = option("k1", "per-token estimator", choices=("k1", "k2", "k3", "abs"), source=loop.N_PLUS)
+    kl_estimator: str = option(
+        "k1", "per-token estimator; with grpo it is k3", choices=("k1", "k2", "k3", "abs"), source=loop.N_PLUS
+    )
     kl_target: float | None = option(
         None, "adapt kl_coef to this KL per reply, in nats", above=0, source="arXiv 1909.08593, which uses 6"
     )
     kl_horizon: int = option(10_000, "episodes over which kl_coef adapts", minimum=1, source="arXiv 1909.08593")
+    advantage: str = option(
+        "gae",
+        "what a token is credited with: gae, by a value model (PPO); without one, its reply's score against those of the "
+        "other replies to the prompt: grpo (arXiv 2402.03300) or rloo (arXiv 2402.14740)",
+        choices=("gae", "grpo", "rloo"),
+        group="advantage",
+    )
+    group_size: int = option(8, "replies to each prompt with grpo and rloo", minimum=2, source="TRL 1.16's GRPO")
     whiten_rewards: bool = option(False, "scale rewards to variance 1, mean kept", source=loop.N_PLUS)
     gamma: float = option(1.0, "discount", minimum=0, maximum=1, source=loop.N_PLUS)
     lam: float = option(0.95, "lambda of GAE", minimum=0, maximum=1, source=loop.N_PLUS)
     whiten_advantages: bool = option(True, "scale advantages to mean 0, variance 1", source=loop.N_PLUS)
-    total_episodes: int | None = option(None, "rollouts in all; none: one for each prompt", minimum=1, group="update")
+    total_episodes: int | None = option(
+        None, "rollouts in all; none: each prompt once, with all its replies", minimum=1, group="update"
+    )
     batch_size: int = option(512, "rollouts per update", minimum=1, source=loop.N_PLUS)
     num_ppo_epochs: int = option(4, "passes over the rollouts of an update", minimum=1, source=loop.N_PLUS)
     num_mini_batches: int = option(1, "optimizer steps per pass", minimum=1, source=loop.N_PLUS)
@@ -82,14 +105,17 @@ class PPOConfig(loop.StageConfig):
 
 
 def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
-    """Run the stage and return its directory. UserError, before anything is written, if any input is wrong.
+    """Run the stage, or what a killed process left of it, and return its directory.
 
     reward: any function from replies to one number each, in place of `config.reward_model`; the value model is then
-    the policy's body under a head of zeros.
+    the policy's body under a head of zeros. What such a function remembers is not saved.
+    UserError, before anything is written, if any input is wrong.
     """
     validate(config)
     check(config, reward)
-    out = claim_output(config.output_dir)
+    out, finished = claim("ppo", config)
+    if finished:
+        return out
     device = loop.pick_device(config.device)
     rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows)
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
@@ -99,33 +125,42 @@ def train(config: PPOConfig, *, reward: RewardFunction | None = None) -> Path:
         logit_head(models.policy)  # a model without one is refused here
     loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
-    encoder = loop.Encoder(models.policy, models.tokenizer, others=(models.value,), **limits)
+    others = [model for model in (models.value, models.reward) if isinstance(model, torch.nn.Module)]
+    encoder = loop.Encoder(models.policy, models.tokenizer, others=others, **limits)
     prompts = [row.prompt for row in train_rows]
     queries = [encoder.prompt(prompt) for prompt in prompts]
     cut = encoder.truncated_prompts
     data = DataSummary(config.data, rows_read, len(rows), len(prompts), len(heldout), bad_rows, cut)
 
-    updates = max(1, (config.total_episodes or len(prompts)) // config.batch_size)
-    optimizer = loop.adamw([models.policy, models.value], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
-    kl_coef, tokens, results = config.kl_coef, 0, {}
-    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, data.as_dict()) as stage:
-        for update, batch in enumerate(prompt_batches(len(prompts), config.batch_size, updates, order), 1):
+    each = replies_each(config)
+    updates = max(1, (config.total_episodes or each * len(prompts)) // config.batch_size)
+    optimizer = loop.adamw(models.trained.values(), weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], results={})
+    state = State(models.trained, optimizer, order, so_far, {"prompts": (prompts, queries)})
+    with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, data.as_dict(), state) as stage:
+        left = prompt_batches(len(prompts), config.batch_size // each, updates - state.step, order, so_far.waiting)
+        for update, drawn in stage.steps(left):
+            batch = [row for row in drawn for _ in range(each)]
             rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
-            experience = collect(models, [prompts[i] for i in batch], [queries[i] for i in batch], kl_coef, config)
+            asked = [prompts[i] for i in batch], [queries[i] for i in batch]
+            experience = collect(models, *asked, so_far.kl_coef, config)
             stats = optimize(experience, models, optimizer, config, order, rate=rate, where=f"ppo update {update}")
-            episode, tokens = update * config.batch_size, tokens + sum(experience.scored.rollout.response_lengths)
-            results = describe(experience, config.kl_estimator) | stats
-            results |= {"lr": rate, "episode": episode, "epoch": episode / len(prompts)}
-            results |= {"eps": episode / stage.seconds, "tokens_per_second": tokens / stage.seconds}
+            episode = update * config.batch_size
+            so_far.tokens += sum(experience.scored.rollout.response_lengths)
+            results = describe(experience, kl_estimator(config)) | stats
+            if config.advantage != "gae":
+                results |= group.describe(experience.scored.scores, config.group_size)
+            results |= {"lr": rate, "episode": episode, "epoch": episode / (each * len(prompts))}
+            results |= {"eps": episode / stage.seconds, "tokens_per_second": so_far.tokens / stage.seconds}
             stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg"))
-            kl_coef = adapted(kl_coef, results["objective/kl"], config)
+            so_far.kl_coef, so_far.results = adapted(so_far.kl_coef, results["objective/kl"], config), results
         models.policy.generation_config = generation_config(
             models.tokenizer, config.response_length, config.temperature
         )
-        with write_directory(out / "value") as directory:
-            save_model(directory, models.value, models.tokenizer)
+        if models.value is not None:
+            save_model(out / "value", models.value, models.tokenizer)
         save_model(out, models.policy, models.tokenizer)
-        stage.finish(results)
+        stage.finish(so_far.results)
     return out
 
 
@@ -137,16 +172,40 @@ def check(config: PPOConfig, reward: RewardFunction | None) -> None:
         raise UserError(
             f"ppo: 'batch_size' {config.batch_size} must be a multiple of 'num_mini_batches' {config.num_mini_batches}"
         )
+    for name in UNREAD[config.advantage]:
+        if (value := getattr(config, name)) != (default := getattr(PPOConfig, name)):
+            raise UserError(
+                f"ppo: '{name}' means nothing with advantage {config.advantage}; leave it at {default}, got {value}"
+            )
+    if config.advantage == "grpo" and config.kl_estimator not in (PPOConfig.kl_estimator, group.KL_IN_LOSS):
+        raise UserError(f"ppo: 'kl_estimator' is {group.KL_IN_LOSS} with advantage grpo, got {config.kl_estimator}")
+    if config.batch_size % replies_each(config):
+        raise UserError(
+            f"ppo: 'batch_size' {config.batch_size} counts replies, so it must be a multiple of 'group_size' "
+            f"{config.group_size}"
+        )
+
+
+def replies_each(config: PPOConfig) -> int:
+    """Replies to a prompt in an update."""
+    return 1 if config.advantage == "gae" else config.group_size
+
+
+def kl_estimator(config: PPOConfig) -> str:
+    """Of the KL penalty, in the reward or in the loss."""
+    return group.KL_IN_LOSS if config.advantage == "grpo" else config.kl_estimator
 
 
 def load_models(config: PPOConfig, reward: RewardFunction | None, device: torch.device) -> Models:
-    """Policy and its frozen copy; reward model and its copy that becomes the value model (N+, detail 22)."""
+    """Policy and its frozen copy; reward model and, for gae, its copy that becomes the value model (N+, detail 22)."""
     places = {"dtype": config.dtype, "device": device}
     policy, tokenizer = load_policy(config.model, **places)
     reference, _ = load_policy(config.model, **places)
+    valued, value = config.advantage == "gae", None
     if reward is not None:
-        value, _ = reward_from_policy(config.model, **places)
-        torch.nn.init.zeros_(value.score.weight)
+        if valued:
+            value, _ = reward_from_policy(config.model, **places)
+            torch.nn.init.zeros_(value.score.weight)
         return Models(policy, reference, value, reward, tokenizer)
     reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)
     if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -154,7 +213,9 @@ def load_models(config: PPOConfig, reward: RewardFunction | None, device: torch.
             f"the tokenizers of {config.model} and {config.reward_model} differ, so the reward model would read other "
             "words than the policy wrote; train the reward model from this policy"
         )
-    return Models(policy, reference, load_scalar_model(config.reward_model, **places)[0], reward_model, tokenizer)
+    if valued:
+        value, _ = load_scalar_model(config.reward_model, **places)
+    return Models(policy, reference, value, reward_model, tokenizer)
 
 
 def collect(
@@ -171,11 +232,17 @@ def collect(
         micro_batch_size=config.micro_batch_size,
         full_logits=config.full_logits,
     )
+    return advantages_of(scored, kl_coef, config)
+
+
+def advantages_of(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantaged:
+    """What every token is credited with, by the kind of advantage that was asked for."""
+    penalty = {"kl_coef": kl_coef, "kl_estimator": config.kl_estimator, "score_clip": config.score_clip}
+    if config.advantage != "gae":
+        return group.advantage(scored, config.advantage, config.group_size, **penalty)
     return advantage(
         scored,
-        kl_coef=kl_coef,
-        kl_estimator=config.kl_estimator,
-        score_clip=config.score_clip,
+        **penalty,
         gamma=config.gamma,
         lam=config.lam,
         whiten_rewards=config.whiten_rewards,
@@ -183,14 +250,19 @@ def collect(
     )
 
 
-def prompt_batches(count: int, batch_size: int, updates: int, order: torch.Generator) -> Iterator[list[int]]:
-    """Numbers of prompts for each update; every prompt is used once before one is used again."""
-    waiting: list[int] = []
+def prompt_batches(
+    count: int, batch_size: int, updates: int, order: torch.Generator, waiting: list[int]
+) -> Iterator[list[int]]:
+    """Numbers of prompts for each update; every prompt is used once before one is used again.
+
+    waiting: those drawn and not yet used, kept up to date.
+    """
     for _ in range(updates):
         while len(waiting) < batch_size:
             waiting += torch.randperm(count, generator=order).tolist()
-        yield waiting[:batch_size]
+        batch = waiting[:batch_size]
         del waiting[:batch_size]
+        yield batch
 
 
 def optimize(
@@ -204,16 +276,15 @@ def optimize(
     where: str,
 ) -> dict[str, float]:
     """All optimizer steps of one update -> the statistics of its minibatches, averaged over them."""
-    trained = {"policy": models.policy, "value": models.value}
     count = len(batch.scored.scores)
     means, done = loop.Means(), []
     for _ in range(config.num_ppo_epochs):
         minibatches = torch.randperm(count, generator=order).chunk(config.num_mini_batches)
         for rows in minibatches:
             stats = accumulate_gradient(batch, rows.tolist(), models, config)
-            losses = {name: stats[name] for name in ("loss/policy_avg", "loss/value_avg")}
+            losses = {name: stat for name, stat in stats.items() if name.startswith("loss/")}
             norms = loop.clip_and_step(
-                optimizer, trained, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
+                optimizer, models.trained, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
             )
             done.append(stats["policy/approxkl_avg"])
             means.add(stats | {f"{name}/grad_norm": norm for name, norm in norms.items()})
@@ -223,9 +294,10 @@ def optimize(
 
 
 def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig) -> dict[str, Tensor]:
-    """Add the gradient of both losses over the response tokens of a minibatch -> its losses and statistics.
+    """Add the gradient of the losses over the response tokens of a minibatch -> its losses and statistics.
 
-    The minibatch is taken in micro-batches; dividing each by the tokens of the whole makes their sum exact.
+    The minibatch is taken in micro-batches; dividing each by the tokens (with rloo: replies) of the whole makes their sum
+    exact. With rloo the ratios, and what is said of them, are those of whole replies.
     """
     scored, rollout = batch.scored, batch.scored.rollout
     tokens = sum(rollout.response_lengths[row] for row in rows)
@@ -233,50 +305,58 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
-        logprobs, entropy = response_logprobs(
-            models.policy,
-            ids,
-            mask,
-            length,
-            temperature=config.temperature,
-            response_mask=response_mask,
-            with_entropy=True,
-            full_logits=config.full_logits,
-        )
-        policy_loss, policy_stats = ppo_policy_loss(
-            logprobs,
-            scored.logprobs[place],
-            batch.advantages[place],
-            response_mask,
-            clip_low=config.cliprange,
-            clip_high=config.cliprange,
-            normalizer=tokens,
-        )
-        mean_entropy = entropy.sum() / tokens
-        bonus = config.entropy_coef * mean_entropy if config.entropy_coef else 0.0
-        (policy_loss - bonus).backward()
-        value_loss, value_stats = ppo_value_loss(
-            token_values(models.value, ids, mask, length),
-            scored.values[place],
-            batch.returns[place],
-            response_mask,
-            clip=config.cliprange_value,
-            normalizer=tokens,
-        )
-        (config.vf_coef * value_loss).backward()
-        share = window.tokens / tokens
+        old, advantages, ratios = scored.logprobs[place], batch.advantages[place], window.tokens / tokens
+        options = {"temperature": config.temperature, "full_logits": config.full_logits}
+        if config.advantage == "rloo":
+            ratios = len(window.rows) / len(rows)
+            options |= {"response_mask": response_mask, "with_entropy": True}
+            logprobs, entropies = response_logprobs(models.policy, ids, mask, length, **options)
+            policy_loss, policy_stats = group.reply_loss(
+                logprobs, old, advantages, clip=config.cliprange, replies=len(rows)
+            )
+            entropy = entropies.sum() / tokens
+            loss = policy_loss - config.entropy_coef * entropy if config.entropy_coef else policy_loss
+            policy_stats |= {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
+        else:
+            options |= {"clip_low": config.cliprange, "clip_high": config.cliprange, "normalizer": tokens}
+            if config.advantage == "grpo":
+                options |= group.kl_options(scored.ref_logprobs[place], batch.kl_coef)
+            loss, policy_stats = response_ppo_loss(
+                models.policy,
+                ids,
+                mask,
+                length,
+                old,
+                advantages,
+                response_mask,
+                entropy_coef=config.entropy_coef,
+                **options,
+            )
+        loss.backward()
         shift = policy_stats["ratio_mean"] - 1
         part = {
-            "loss/policy_avg": policy_loss.detach(),
-            "loss/value_avg": value_loss.detach(),
-            "policy/entropy_avg": mean_entropy.detach(),
-            "policy/approxkl_avg": policy_stats["approx_kl"] * share,
-            "policy/clipfrac_avg": policy_stats["clip_fraction"] * share,
-            "val/clipfrac_avg": value_stats["clip_fraction"] * share,
-            "val/ratio": policy_stats["ratio_mean"] * share,
+            "loss/policy_avg": policy_stats["policy_loss"],
+            "policy/entropy_avg": policy_stats["entropy"],
+            "policy/approxkl_avg": policy_stats["approx_kl"] * ratios,
+            "policy/clipfrac_avg": policy_stats["clip_fraction"] * ratios,
+            "val/ratio": policy_stats["ratio_mean"] * ratios,
             # About 1, where the mean is: about 0 the difference of squares would lose all digits.
-            "val/ratio_var": (policy_stats["ratio_var"] + shift**2) * share,
+            "val/ratio_var": (policy_stats["ratio_var"] + shift**2) * ratios,
         }
+        if config.advantage == "grpo":
+            part["loss/kl_avg"] = policy_stats["kl"]
+        if models.value is not None:
+            value_loss, value_stats = ppo_value_loss(
+                token_values(models.value, ids, mask, length),
+                scored.values[place],
+                batch.returns[place],
+                response_mask,
+                clip=config.cliprange_value,
+                normalizer=tokens,
+            )
+            (config.vf_coef * value_loss).backward()
+            part["loss/value_avg"] = value_loss.detach()
+            part["val/clipfrac_avg"] = value_stats["clip_fraction"] * (window.tokens / tokens)
         totals = {name: totals[name] + value for name, value in part.items()} if totals else part
     return totals | {"val/ratio_var": totals["val/ratio_var"] - (totals["val/ratio"] - 1) ** 2}
 
@@ -286,17 +366,20 @@ def describe(batch: Advantaged, kl_estimator: str) -> dict[str, float]:
     scored, rollout, mask = batch.scored, batch.scored.rollout, batch.scored.rollout.response_mask
     penalty = kl_penalty(scored.logprobs, scored.ref_logprobs, estimator=kl_estimator, mask=mask)
     non_score = -batch.kl_coef * penalty.sum(1).mean()
-    _, value_stats = ppo_value_loss(scored.values, scored.values, batch.returns, mask)
+    values = {}
+    if scored.values is not None:
+        _, value_stats = ppo_value_loss(scored.values, scored.values, batch.returns, mask)
+        values["val/explained_var"] = value_stats["explained_variance"]
     means = loop.Means()
     means.add(
-        {
+        values
+        | {
             "objective/kl": kl_penalty(scored.logprobs, scored.ref_logprobs, mask=mask).sum(1).mean(),
             "objective/entropy": -scored.logprobs.sum(1).mean(),
             "objective/non_score_reward": non_score,
             "objective/rlhf_reward": scored.scores.mean() + non_score,
             "objective/scores": scored.scores.mean(),
             "val/num_eos_tokens": rollout.finished.sum(),
-            "val/explained_var": value_stats["explained_variance"],
             "response/length": mask.sum(1).double().mean(),
             "response/eos_rate": rollout.finished.double().mean(),
         }

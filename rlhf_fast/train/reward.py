@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
 from rlhf_fast.train import loop
-from rlhf_fast.train.checkpoint import claim_output, save_model
+from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, collate, read_preferences, split_heldout
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.generate import generate
 from rlhf_fast.train.model import load_policy, reward_from_policy, sequence_scores
 from rlhf_fast.train.record import Stage
+from rlhf_fast.train.resume import State, claim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +74,14 @@ class Pair:
 
 
 def train(config: RewardConfig) -> Path:
-    """Run the stage and return its directory. UserError, before anything is written, if any input is wrong."""
+    """Run the stage, or what a killed process left of it, and return its directory.
+
+    UserError, before anything is written, if any input is wrong.
+    """
     validate(config)
-    out = claim_output(config.output_dir)
+    out, finished = claim("reward", config)
+    if finished:
+        return out
     device = loop.pick_device(config.device)
     rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
@@ -94,12 +101,15 @@ def train(config: RewardConfig) -> Path:
 
     lengths = [len(pair) for pair in pairs]
     epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
-    steps_per_epoch, total_steps = len(epochs[0]), sum(map(len, epochs))
+    batches = [batch for epoch in epochs for batch in epoch]
+    steps_per_epoch, total_steps = len(epochs[0]), len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
     optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
     means, pad_id = loop.Means(), tokenizer.pad_token_id
-    with Stage("reward", config, out, total_steps, model.num_parameters(), device, data.as_dict()) as stage:
-        for step, rows in enumerate((batch for epoch in epochs for batch in epoch), 1):
+    inputs = {"training rows": pairs, "held-out rows": heldout}
+    state = State({"model": model}, optimizer, order, SimpleNamespace(), inputs, means)
+    with Stage("reward", config, out, total_steps, model.num_parameters(), device, data.as_dict(), state) as stage:
+        for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
             parts = [
                 [pairs[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)

@@ -31,13 +31,20 @@ RewardFunction = Callable[[list[Sample]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Models:
-    """What takes part: `policy` and `value` are trained, `reference` stays; `reward` is a model or any function."""
+    """What takes part: `policy` and `value` are trained, `reference` stays; `reward` is a model or any function.
+
+    Without a value model, replies are weighed against each other: see `group`.
+    """
 
     policy: PreTrainedModel
     reference: PreTrainedModel
-    value: PreTrainedModel
+    value: PreTrainedModel | None
     reward: PreTrainedModel | RewardFunction
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def trained(self) -> dict[str, PreTrainedModel]:
+        return {"policy": self.policy} | ({} if self.value is None else {"value": self.value})
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Scored:
     scores: Tensor  # [B], after the penalty for a missing end
     logprobs: Tensor  # [B, T]
     ref_logprobs: Tensor  # [B, T]
-    values: Tensor  # [B, T], of the state before each token
+    values: Tensor | None  # [B, T], of the state before each token
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,8 @@ class Advantaged:
 
     scored: Scored
     kl_coef: float
-    advantages: Tensor  # [B, T], whitened if that was asked for
-    returns: Tensor  # [B, T], advantages before whitening plus values
+    advantages: Tensor  # [B, T], whitened if that was asked for; or one a reply, [B, 1]
+    returns: Tensor | None  # [B, T], advantages before whitening plus values
 
 
 def roll_out(
@@ -159,7 +166,8 @@ def score(
         scale = {"temperature": temperature, "response_mask": response_mask, "full_logits": full_logits}
         logprobs[place] = response_logprobs(models.policy, ids, mask, length, **scale)
         ref_logprobs[place] = response_logprobs(models.reference, ids, mask, length, **scale)
-        values[place] = token_values(models.value, ids, mask, length) * response_mask
+        if models.value is not None:
+            values[place] = token_values(models.value, ids, mask, length) * response_mask
         if isinstance(models.reward, torch.nn.Module):
             scores[window.rows] = sequence_scores(models.reward, ids, mask)
     if not isinstance(models.reward, torch.nn.Module):
@@ -168,7 +176,7 @@ def score(
         scores = scores.masked_fill(~rollout.finished, -missing_eos_penalty)
     elif missing_eos == "subtract":
         scores = torch.where(rollout.finished, scores, scores - missing_eos_penalty)
-    return Scored(rollout, scores, logprobs, ref_logprobs, values)
+    return Scored(rollout, scores, logprobs, ref_logprobs, None if models.value is None else values)
 
 
 def call_reward(reward: RewardFunction, samples: list[Sample]) -> Tensor:

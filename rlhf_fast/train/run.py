@@ -1,4 +1,4 @@
-"""All three stages in a row: base model → SFT → reward model → PPO → evaluation → report, in one directory.
+"""All stages in a row: base model → SFT → reward model → PPO, or DPO → evaluation → report, in one directory.
 
 Everything a user can get wrong is checked before the first file is written and the first step is trained.
 """
@@ -6,15 +6,25 @@ Everything a user can get wrong is checked before the first file is written and 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_fast.train import loop, ppo, reward, sft
-from rlhf_fast.train.checkpoint import claim_output, read_json, save_model, write_json
-from rlhf_fast.train.config import build, dump_yaml, flatten, keys, load_yaml, option, part, required, validate
+from rlhf_fast.train import dpo, loop, ppo, reward, sft
+from rlhf_fast.train.checkpoint import (
+    LOCK,
+    WEIGHTS,
+    claim_output,
+    locked,
+    read_json,
+    remove_partials,
+    save_model,
+    write_file,
+    write_json,
+)
+from rlhf_fast.train.config import build, dump_yaml, flatten, keys, load_yaml, option, part, required, to_dict, validate
 from rlhf_fast.train.data import (
     Demonstration,
     Preference,
@@ -24,16 +34,21 @@ from rlhf_fast.train.data import (
     split_heldout,
     train_tokenizer,
 )
+from rlhf_fast.train.dpo import DPOConfig
 from rlhf_fast.train.evaluate import Judge, compare_policies
+from rlhf_fast.train.loop import say
 from rlhf_fast.train.model import create_llama, load_policy
 from rlhf_fast.train.ppo import PPOConfig
 from rlhf_fast.train.report import write_report
+from rlhf_fast.train.resume import compare, tidy
 from rlhf_fast.train.reward import RewardConfig
 from rlhf_fast.train.sft import SFTConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CONFIG, EVALUATION = "config.yaml", "evaluation.json"
+STAGES = ("sft", "reward", "ppo", "dpo")
 SHARED = tuple(key.name for key in keys(loop.StageConfig))
 
 # The stages' own defaults are those published for pretrained models of a billion parameters. A small model that
@@ -56,16 +71,23 @@ FROM_SCRATCH: dict[str, Any] = {
         "kl_coef": 0.1,
         "max_prompt_tokens": 128,
     },
+    "dpo": {"num_train_epochs": 1, "batch_size": 16, "learning_rate": 1e-4},
 }
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """SFT, reward model and PPO in a row from one preference file."""
+    """SFT, then a reward model and PPO, or DPO, from one preference file."""
 
     data: str = required("preference file: JSONL, plain or gzipped", group="files")
-    output_dir: str = required("new directory for everything the run makes")
+    output_dir: str = required("new directory for everything the run makes, or that of the run to continue")
     model: str | None = option(None, "directory (or Hugging Face name) to start from; none: a small new Llama")
+    algorithm: str = option(
+        "ppo",
+        "what learns from the preferences: ppo (also grpo and rloo, see ppo.advantage) from a reward model, or dpo from the "
+        "pairs themselves; the reward model then only judges",
+        choices=("ppo", "dpo"),
+    )
     bad_rows: str = option("stop", "what to do with rows that cannot be used", choices=("stop", "skip"))
     heldout_fraction: float = option(
         0.2, "share of prompts that no stage trains on; results are measured on them", above=0, maximum=0.9
@@ -83,10 +105,14 @@ class RunConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
+    resume: bool = option(True, loop.RESUME, group="checkpoints")
+    save_every: float = option(30.0, loop.SAVE_EVERY, minimum=0)
+    keep_checkpoints: int = option(2, loop.KEEP_CHECKPOINTS, minimum=1)
 
     sft: SFTConfig = part(SFTConfig, "supervised fine-tuning", filled=SHARED)  # noqa: RUF009 (part returns a field)
     reward: RewardConfig = part(RewardConfig, "reward model", filled=SHARED)  # noqa: RUF009
     ppo: PPOConfig = part(PPOConfig, "PPO", filled=(*SHARED, "reward_model"))  # noqa: RUF009
+    dpo: DPOConfig = part(DPOConfig, "DPO", filled=SHARED)  # noqa: RUF009
 
 
 def configure(yaml_path: str | Path | None, flags: Mapping[str, Any]) -> RunConfig:
@@ -104,62 +130,126 @@ def describe_from_scratch() -> str:
 def run(
     config: RunConfig,
     *,
+    prepare: Callable[[], None] | None = None,
     make_pairs: Callable[[Path], str | Path] | None = None,
     judge: Judge | None = None,
-    claimed: bool = False,
 ) -> Path:
-    """Run all stages and return the output directory, report included.
+    """Run all stages, or what a killed process left of them, and return the output directory, report included.
 
-    make_pairs: turns the directory of the SFT model into a preference file; `data` then only needs demonstrations.
+    prepare: makes the inputs that the config names, once the output directory is taken; leaves alone what is there.
+    make_pairs: turns the directory of the SFT model into a preference file; `data` then only needs demonstrations. It is
+    called again when a run is continued, and has to return the same file.
     judge: scores the replies of both policies; None lets the reward model judge, which the report points out.
-    claimed: the caller has claimed `output_dir` and put inputs of its own there.
     UserError, before anything is written: a bad config, unusable data or model, an output directory in use.
     """
     validate(config)
-    out = Path(config.output_dir) if claimed else claim_output(config.output_dir)
-    device = loop.pick_device(config.device)
-    train, _ = read_split(config, read_preferences if make_pairs is None else read_demonstrations, config.data)
-    model, tokenizer = base_model(config, train)
-    for stage in (config.sft, config.reward, config.ppo):
-        validate(stage_config(config, stage))
-        check_context(stage, model, tokenizer)
-    ppo.check(stage_config(config, config.ppo), None)
+    out, finished = claim(config)
+    if finished:
+        _stages(config, config.model or out / "base", make_pairs, judge)
+        tidy(out)
+        say(f"run: finished in {out}, nothing is left to do")
+        return out
+    with ExitStack() as stack:
+        if prepare is not None:
+            stack.enter_context(taken(config, out))
+            prepare()
+        loop.pick_device(config.device)
+        train, _ = read_split(config, read_preferences if make_pairs is None else read_demonstrations, config.data)
+        start, fresh = config.model or out / "base", config.model is None and not (out / "base" / WEIGHTS).is_file()
+        model, tokenizer = new_model(config, train) if fresh else load_policy(start, dtype=config.dtype)
+        for stage in (config.sft, *([config.reward] if needs_reward(config, judge) else []), last_stage(config)):
+            validate(stage_config(config, stage))
+            check_context(stage, model, tokenizer)
+        if config.algorithm == "ppo":
+            ppo.check(stage_config(config, config.ppo), None)
+        else:
+            dpo.check(config.dpo)
 
-    out.mkdir(parents=True, exist_ok=True)
-    dump_yaml(config, out / "config.yaml")
-    start = config.model
-    if start is None:
-        start = out / "base"
-        save_model(start, model, tokenizer)
-        say(f"new model: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    del model
+        if prepare is None:
+            stack.enter_context(taken(config, out))
+        if fresh:
+            save_model(start, model, tokenizer)
+            say(f"new model: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+        del model
+        _stages(config, start, make_pairs, judge)
+    return out
 
+
+def _stages(
+    config: RunConfig,
+    start: str | Path,
+    make_pairs: Callable[[Path], str | Path] | None,
+    judge: Judge | None,
+) -> None:
+    """Whatever is left of the stages, the evaluation and the report; each stage sees to it that it is still the same one."""
+    out = Path(config.output_dir)
     sft_dir = sft.train(stage_config(config, config.sft, model=start, output_dir=out / "sft"))
     pairs = config.data if make_pairs is None else make_pairs(sft_dir)
-    reward_dir = reward.train(stage_config(config, config.reward, model=sft_dir, data=pairs, output_dir=out / "reward"))
-    ppo_dir = ppo.train(
-        stage_config(config, config.ppo, model=sft_dir, reward_model=reward_dir, output_dir=out / "ppo")
-    )
+    reward_dir = None
+    if needs_reward(config, judge):
+        places = {"model": sft_dir, "data": pairs, "output_dir": out / "reward"}
+        reward_dir = reward.train(stage_config(config, config.reward, **places))
+    if config.algorithm == "ppo":
+        places = {"model": sft_dir, "reward_model": reward_dir, "output_dir": out / "ppo"}
+        trained = ppo.train(stage_config(config, config.ppo, **places))
+        sampling = {"response_length": config.ppo.response_length, "temperature": config.ppo.temperature}
+    else:
+        trained = dpo.train(stage_config(config, config.dpo, model=sft_dir, data=pairs, output_dir=out / "dpo"))
+        sampling = {"response_length": config.dpo.max_response_tokens}
+    if (out / EVALUATION).is_file():
+        return
     say("evaluation: both policies answer the held-out prompts")
     _, prompts = read_split(config, read_prompts, config.data)
     _, preferences = read_split(config, read_preferences, pairs)
     evaluation = compare_policies(
         sft_dir,
-        ppo_dir,
+        trained,
         list(dict.fromkeys(row.prompt for row in prompts))[: config.eval_prompts],
         judge,
         reward_dir=reward_dir,
         preferences=preferences,
-        kl=read_json(ppo_dir / "stage.json")["results"].get("objective/kl"),
-        max_prompt_tokens=config.ppo.max_prompt_tokens,
-        response_length=config.ppo.response_length,
-        temperature=config.ppo.temperature,
+        kl=read_json(trained / "stage.json")["results"].get("objective/kl"),
+        max_prompt_tokens=last_stage(config).max_prompt_tokens,
+        **sampling,
         seed=config.seed,
-        device=str(device),
+        device=str(loop.pick_device(config.device)),
     )
-    write_json(out / "evaluation.json", evaluation)
+    write_json(out / EVALUATION, evaluation)
     write_report(out)
-    return out
+
+
+def last_stage(config: RunConfig) -> PPOConfig | DPOConfig:
+    return config.ppo if config.algorithm == "ppo" else config.dpo
+
+
+def needs_reward(config: RunConfig, judge: Judge | None) -> bool:
+    """Whether a reward model is trained: to be optimised, or to judge where nobody else does."""
+    return config.algorithm == "ppo" or judge is None
+
+
+def claim(config: RunConfig) -> tuple[Path, bool]:
+    """The directory to write to, not made yet, and whether the run is finished there.
+
+    UserError if the directory holds anything but a run with the same keys. Those of the stages are left to the stages: one
+    that has not begun may still be changed.
+    """
+    out = Path(config.output_dir)
+    if not config.resume or not (out / CONFIG).is_file():
+        return claim_output(out), False
+    now, before = ({k: v for k, v in x.items() if k not in STAGES} for x in (to_dict(config), load_yaml(out / CONFIG)))
+    compare({"config": now}, {"config": before}, out)
+    return out, (out / EVALUATION).is_file()
+
+
+@contextmanager
+def taken(config: RunConfig, out: Path) -> Iterator[None]:
+    """Make the output directory, or tidy it up, and keep other processes away; `config.yaml` marks it as this run's."""
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / LOCK):
+        remove_partials(out, out / "base")
+        with write_file(out / CONFIG) as partial:
+            dump_yaml(config, partial)
+        yield
 
 
 def read_split(config: RunConfig, read: Callable, path: str | Path) -> tuple[list, list]:
@@ -168,12 +258,10 @@ def read_split(config: RunConfig, read: Callable, path: str | Path) -> tuple[lis
     return split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
 
 
-def base_model(
+def new_model(
     config: RunConfig, rows: Sequence[Preference | Demonstration]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that SFT starts from: the given one, or a new Llama with a tokenizer made from the training rows."""
-    if config.model is not None:
-        return load_policy(config.model, dtype=config.dtype)
+    """What SFT starts from where no model is given: a new Llama with a tokenizer made from the training rows."""
     tokenizer = train_tokenizer((text for row in rows for text in texts(row)), config.vocab_size)
     model = create_llama(
         tokenizer,
@@ -201,7 +289,3 @@ def stage_config(config: RunConfig, stage: Any, **paths: str | Path) -> Any:
     shared = {name: getattr(config, name) for name in SHARED if name != "model"}
     places = {"model": "base"} | ({"reward_model": "reward"} if isinstance(stage, PPOConfig) else {})
     return dataclasses.replace(stage, **shared | places | {name: str(path) for name, path in paths.items()})
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

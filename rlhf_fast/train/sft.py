@@ -11,19 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.train import loop
-from rlhf_fast.train.checkpoint import claim_output, save_model
+from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
-from rlhf_fast.train.data import DataSummary, collate, read_demonstrations, split_heldout
+from rlhf_fast.train.data import DataSummary, read_demonstrations, split_heldout
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy
-from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs
+from rlhf_fast.train.policy import FULL_LOGITS, logit_head
 from rlhf_fast.train.record import Stage
+from rlhf_fast.train.replies import Example, encode, reply_logprobs
+from rlhf_fast.train.resume import State, claim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,18 +56,15 @@ class SFTConfig(loop.StageConfig):
     full_logits: bool = option(False, FULL_LOGITS)
 
 
-@dataclass(frozen=True)
-class Example:
-    """Token ids of a prompt and its reply; what is learnt begins at `start`."""
-
-    ids: list[int]
-    start: int
-
-
 def train(config: SFTConfig) -> Path:
-    """Run the stage and return its directory. UserError, before anything is written, if any input is wrong."""
+    """Run the stage, or what a killed process left of it, and return its directory.
+
+    UserError, before anything is written, if any input is wrong.
+    """
     validate(config)
-    out = claim_output(config.output_dir)
+    out, finished = claim("sft", config)
+    if finished:
+        return out
     device = loop.pick_device(config.device)
     rows, bad_rows, rows_read = read_demonstrations(config.data, bad_rows=config.bad_rows)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
@@ -88,12 +88,15 @@ def train(config: SFTConfig) -> Path:
 
     lengths = [len(example.ids) for example in examples]
     epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
-    steps_per_epoch, total_steps = len(epochs[0]), sum(map(len, epochs))
+    batches = [batch for epoch in epochs for batch in epoch]
+    steps_per_epoch, total_steps = len(epochs[0]), len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
     optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
-    means, tokens, results = loop.Means(), 0, {}
-    with Stage("sft", config, out, total_steps, model.num_parameters(), device, data.as_dict()) as stage:
-        for step, rows in enumerate((batch for epoch in epochs for batch in epoch), 1):
+    means, so_far = loop.Means(), SimpleNamespace(tokens=0, results={})
+    inputs = {"training rows": examples, "held-out rows": heldout}
+    state = State({"model": model}, optimizer, order, so_far, inputs, means)
+    with Stage("sft", config, out, total_steps, model.num_parameters(), device, data.as_dict(), state) as stage:
+        for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
             parts = [
                 [examples[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
@@ -108,26 +111,21 @@ def train(config: SFTConfig) -> Path:
                 where=f"sft step {step}",
             )
             means.add(losses | {"grad_norm": norms["model"]})
-            tokens += sum(lengths[row] for row in rows)
+            so_far.tokens += sum(lengths[row] for row in rows)
             last_of_epoch = step % steps_per_epoch == 0
             if step % config.logging_steps == 0 or last_of_epoch:
-                metrics = means.take() | {"learning_rate": rate, "num_tokens": tokens, "epoch": step / steps_per_epoch}
-                metrics["tokens_per_second"] = tokens / stage.seconds
+                metrics = means.take() | {"learning_rate": rate, "epoch": step / steps_per_epoch}
+                metrics |= {"num_tokens": so_far.tokens, "tokens_per_second": so_far.tokens / stage.seconds}
                 if last_of_epoch and heldout:
                     metrics["eval_loss"] = evaluate(
                         model, heldout, tokenizer.pad_token_id, config.batch_size, config.full_logits
                     )
                 stage.log(step, metrics, show=("loss", "eval_loss"))
-                results |= metrics
+                so_far.results |= metrics
         model.generation_config = generation_config(tokenizer, config.max_response_tokens, temperature=1.0)
         save_model(out, model, tokenizer)
-        stage.finish(results)
+        stage.finish(so_far.results)
     return out
-
-
-def encode(encoder: loop.Encoder, prompt: str, response: str) -> Example:
-    prompt_ids = encoder.prompt(prompt)
-    return Example(prompt_ids + encoder.response(response), start=len(prompt_ids))
 
 
 def accumulate_gradient(
@@ -154,16 +152,3 @@ def evaluate(
     for rows in loop.length_batches([len(example.ids) for example in examples], batch_size, generator=None):
         total -= reply_logprobs(model, [examples[row] for row in rows], pad_id, full_logits)[0].sum()
     return (total / sum(len(example.ids) - example.start for example in examples)).item()
-
-
-def reply_logprobs(
-    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, full_logits: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [B, T] of the last T columns, which hold all replies; 0 where there is no reply."""
-    ids, mask = (x.to(model.device) for x in collate([example.ids for example in examples], pad_id, side="right"))
-    starts = torch.tensor([example.start for example in examples], device=model.device)
-    first = min(example.start for example in examples)
-    columns = torch.arange(first, ids.shape[1], device=model.device)
-    response_mask = mask[:, first:] & (columns >= starts[:, None])
-    options = {"with_entropy": True, "full_logits": full_logits}
-    return response_logprobs(model, ids, mask, len(columns), response_mask=response_mask, **options)

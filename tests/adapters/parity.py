@@ -20,14 +20,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.adapters import _patch
 from rlhf_fast.adapters._patch import differences
+from tests.adapters.stubs import stub
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENTS = {"trl-1.12": "trl", "trl-1.16": "trl", "trl-1.16-triton": "trl"}
+ENVIRONMENTS = {
+    "trl-1.12": "trl",
+    "trl-1.16": "trl",
+    "trl-1.16-triton": "trl",
+    "verl-0.9": "verl",
+    "openrlhf-0.11": "openrlhf",
+    "nemo-rl": "nemo_rl",
+}
+# NeMo-RL is installed from a checkout of its repository alone: bench/peers/nemo-rl.txt.
+BY_DEFAULT = [name for name in ENVIRONMENTS if name != "nemo-rl"]
 INPUTS = 500
 
 
@@ -107,6 +119,7 @@ class Difference:
     remark: str  # "{}" stands for the greatest number that `holds` returned
     holds: Callable[[Draw], float | None]
     inputs: int = INPUTS
+    verdict: str = "differs"
 
     def row(self) -> dict:
         greatest, failures = 0.0, []
@@ -115,13 +128,95 @@ class Difference:
                 greatest = max(greatest, self.holds(Draw(seed)) or 0.0)
             except AssertionError as error:
                 failures.append(f"{self.function}: {self.remark}: does not hold, seed {seed}: {error}")
-        cells = [self.function, str(self.inputs), "differs", "", self.remark.format(f"{greatest:.2g}")]
+        cells = [self.function, str(self.inputs), self.verdict, "", self.remark.format(f"{greatest:.2g}")]
         return {"cells": cells, "failures": failures[:3]}
+
+
+def truth(function: Callable, count: int = 1, first: int = 0) -> Callable:
+    """The library's function with `count` of its arguments in float64: without its rounding."""
+    end = first + count
+    return lambda *args, **kwargs: function(
+        *args[:first], *(x.double() for x in args[first:end]), *args[end:], **kwargs
+    )
+
+
+def bfloat16(draw: Callable[[Draw], tuple], count: int = 1, first: int = 0) -> Callable[[Draw], tuple]:
+    """`count` of the drawn arguments in bf16."""
+
+    def drawn(source):
+        args = list(draw(source))
+        for i in range(first, first + count):
+            args[i] = args[i].detach().bfloat16().requires_grad_(args[i].requires_grad)
+        return tuple(args)
+
+    return drawn
+
+
+def installed(library: str, importers: list[str], train: Callable[[Draw], Any], remark: str) -> list[Difference]:
+    """The patch itself: `train` is the library's own code, which reaches our functions in the places where patch put them.
+
+    `importers` are modules that import the originals by name.
+    """
+
+    def held() -> dict[tuple[str, ...], Any]:
+        """What stands where, in the library's modules, in the registries in them and in its classes."""
+        found = {}
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] != library:
+                continue
+            for key, value in list(vars(module).items()):
+                found[name, key] = value
+                inside = value if type(value) is dict else vars(value) if isinstance(value, type) else {}
+                found |= {(name, key, str(k)): v for k, v in list(inside.items())}
+        return found
+
+    def same(before: dict) -> bool:
+        now = held()
+        return all(now[place] is value for place, value in before.items() if not place[-1].startswith("__"))
+
+    def there_and_back(draw: Draw) -> float:
+        for name in importers:
+            importlib.import_module(name)
+        seed = draw.size(10**6)
+        theirs = train(Draw(seed))
+        before = held()
+        with _patch.patch(library, quiet=True):
+            swaps = {id(swap.original): swap for swap in _patch._active[library].swaps}
+            places = [place for place, value in before.items() if id(value) in swaps]
+            now = held()
+            assert all(now[place] is swaps[id(before[place])].ours for place in places)
+            assert not [place for place, value in now.items() if id(value) in swaps]
+            for name in importers:
+                assert any(place[0] == name for place in places), f"{name} imports nothing that was replaced"
+            mine = train(Draw(seed))
+        assert same(before)
+        value, _ = differences(lambda: theirs, lambda: mine)
+        assert value < 1e-5, value
+        return len(places)
+
+    def unknown(draw: Draw) -> None:
+        before = held()
+        with mock.patch.object(importlib.metadata, "version", lambda name: "0.0.1"):
+            try:
+                _patch.patch(library)
+            except RuntimeError as error:
+                known = importlib.import_module(f"rlhf_fast.adapters.{library}").VERSIONS
+                assert all(version in str(error) for version in ("0.0.1", *known))
+            else:
+                raise AssertionError("version 0.0.1 was not refused")
+        assert same(before) and library not in _patch._active
+
+    where = f"in {{}} places, by name in {len(importers)} modules; all put back"
+    return [
+        Difference("patch", f"{where}; {remark}", there_and_back, 20, verdict="holds"),
+        Difference("patch", "an unknown version is refused, nothing replaced", unknown, 1, verdict="holds"),
+    ]
 
 
 def rows_here(library: str) -> dict:
     """In the environment of the library: what `main` prints."""
     torch.set_num_threads(1)
+    stub(library)
     adapter = importlib.import_module(f"rlhf_fast.adapters.{library}")
     version = importlib.metadata.version(adapter.LIBRARY)
     rows = [case.row() for case in importlib.import_module(f"tests.adapters.parity_{library}").cases()]
@@ -134,7 +229,7 @@ def python_of(environment: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.adapters.parity", description=__doc__.splitlines()[0])
-    parser.add_argument("environments", nargs="*", choices=[*ENVIRONMENTS, []], help="default: all")
+    parser.add_argument("environments", nargs="*", choices=[*ENVIRONMENTS, []], help="default: all but nemo-rl")
     parser.add_argument("--here", metavar="LIBRARY", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
@@ -142,7 +237,7 @@ def main() -> None:
         return
     failures = []
     print("| library | function | inputs | values | gradients | remarks |\n| --- | --- | --- | --- | --- | --- |")
-    for environment in options.environments or ENVIRONMENTS:
+    for environment in options.environments or BY_DEFAULT:
         python = python_of(environment)
         if not python.exists():
             failures.append(f"{environment}: not installed, so nothing was compared: make parity")

@@ -1,6 +1,7 @@
 """The demo's plumbing on a fraction of its data; its quality at full size is the business of `rlhf-fast demo`."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -16,10 +17,13 @@ from rlhf_fast.demo import (
     write_pairs,
 )
 from rlhf_fast.demo.world import GroundTruth, all_prompts, judge, vocabulary
-from rlhf_fast.train import sft
+from rlhf_fast.train import dpo, ppo, sft
 from rlhf_fast.train.checkpoint import save_model
+from rlhf_fast.train.config import from_dict
 from rlhf_fast.train.data import encode_prompt, encode_response, read_demonstrations, read_preferences
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.evaluate import compare_policies
+from rlhf_fast.train.run import taken
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +80,42 @@ def test_pairs_are_replies_of_the_policy_ordered_by_annotators_with_noise(policy
 
 
 def test_the_settings_are_a_valid_run_on_one_thread(tmp_path):
-    config = settings(tmp_path, seed=9)
+    config = settings(tmp_path, DemoConfig(seed=9))
     assert (config.seed, config.threads, config.eval_prompts) == (9, 1, 512)
     assert config.ppo.temperature == config.reward.temperature and config.ppo.response_length == demo.REPLY_TOKENS
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "dpo"])
+def test_every_algorithm_has_its_settings(tmp_path, algorithm):
+    config = settings(tmp_path, DemoConfig(algorithm=algorithm))
+    assert config.algorithm == ("dpo" if algorithm == "dpo" else "ppo")
+    assert config.ppo.advantage == (algorithm if algorithm in ("grpo", "rloo") else "gae")
+
+
+def judged(policy, tmp_path, train, config) -> tuple[float, float]:
+    """The judge's mean score before and after."""
+    out = train(config)
+    prompts = all_prompts()[::34]
+    result = compare_policies(policy, out, prompts, GroundTruth(), response_length=demo.REPLY_TOKENS)
+    return result["score_before"], result["score_after"]
+
+
+def test_dpo_learns_what_the_annotators_like(policy, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", policy, seed=0, count=1500)
+    files = {"model": str(policy), "data": str(pairs), "output_dir": str(tmp_path / "dpo"), "threads": 1}
+    config = from_dict(dpo.DPOConfig, files | demo.DPO | {"batch_size": 16})
+    before, after = judged(policy, tmp_path, dpo.train, config)
+    assert after > before + 0.1
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_groups_of_replies_learn_what_the_judge_likes(policy, tmp_path, kind):
+    data = write_demonstrations(tmp_path / "prompts.jsonl", seed=1, count=300)
+    files = {"model": str(policy), "data": str(data), "output_dir": str(tmp_path / kind), "threads": 1}
+    fewer = {"total_episodes": 12 * 128, "num_ppo_epochs": 2, "learning_rate": 1e-3, "kl_coef": 0.05}
+    config = from_dict(ppo.PPOConfig, files | demo.PPO | demo.GROUPED[kind] | fewer)
+    before, after = judged(policy, tmp_path, partial(ppo.train, reward=GroundTruth()), config)
+    assert after > before + 0.3
 
 
 def test_a_small_demo_leaves_everything_a_run_leaves(tmp_path, monkeypatch):
@@ -112,9 +149,19 @@ def test_a_directory_in_use_is_refused_and_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_second_demo_does_not_take_the_place_of_the_first(tmp_path):
-    place = tmp_path / "demo"
-    assert next_free(str(place)) == place
-    for taken in ("demo", "demo-2"):
-        (tmp_path / taken).mkdir()
-    assert next_free(str(place)) == tmp_path / "demo-3"
+def test_a_second_demo_does_not_take_the_place_of_the_first_unless_that_was_killed(tmp_path):
+    place, config = tmp_path / "demo", DemoConfig()
+    assert next_free(str(place), config) == place
+    for name in ("demo", "demo-2"):
+        (tmp_path / name).mkdir()
+    assert next_free(str(place), config) == tmp_path / "demo-3"
+    with taken(settings(tmp_path / "demo-2", config), tmp_path / "demo-2"):
+        pass
+    assert next_free(str(place), config) == tmp_path / "demo-2"
+    assert (
+        next_free(str(place), DemoConfig(seed=1))
+        == next_free(str(place), DemoConfig(resume=False))
+        == tmp_path / "demo-3"
+    )
+    (tmp_path / "demo-2" / "evaluation.json").write_text("{}")
+    assert next_free(str(place), config) == tmp_path / "demo-3"

@@ -3,8 +3,12 @@
 // shuffled (CUDA_ON_CPU_ORDER), so that a missing barrier gives a wrong result in at least one of them.
 //
 // It has what kernels use: threadIdx, blockIdx, blockDim, gridDim, __shared__ (function-local), __syncthreads, __syncwarp, and
-// over full warps __shfl_sync, __shfl_down_sync, __shfl_up_sync, __shfl_xor_sync, __ballot_sync, __any_sync and __all_sync. It
-// cannot see races between blocks, the memory model, register or shared-memory limits, or speed.
+// over full warps __shfl_sync, __shfl_down_sync, __shfl_up_sync, __shfl_xor_sync, __ballot_sync, __any_sync and __all_sync; and
+// what stands for dynamic shared memory and clusters, block_memory, cluster_arrive, cluster_wait and in_block. It cannot see
+// races between blocks, the memory model, register or shared-memory limits, or speed.
+//
+// The blocks of a cluster take turns, in the same orders, at cluster_wait. What a kernel declares __shared__ they have in common
+// here: only block_memory() is a block's own across a cluster_wait.
 #pragma once
 
 #if !defined(__x86_64__) && !defined(CUDA_ON_CPU_PORTABLE)
@@ -103,12 +107,12 @@ inline void prepare(Place& place, char* stack, size_t bytes, void (*entry)()) {
 
 #endif
 
-enum class Waits : uint8_t { kNo, kForBlock, kForWarp, kDone };
+enum class Waits : uint8_t { kNo, kForBlock, kForWarp, kForCluster, kDone };
 
 struct Fiber {
   Place place;
   Waits waits = Waits::kDone;
-  unsigned shuffles = 0;
+  unsigned shuffles = 0, arrivals = 0;
   char mail[2][8];  // what this thread offers in a shuffle; two boxes, so that a fast thread does not write over the last offer
   std::unique_ptr<char[]> memory{new char[kStackBytes + 4096]};
   char* stack = nullptr;
@@ -118,8 +122,9 @@ inline std::vector<Fiber> fibers;
 inline Place scheduler;
 inline const void* scheduler_stack = nullptr;
 inline size_t scheduler_stack_bytes = 0;
-inline unsigned current = 0;
+inline unsigned current = 0;  // of all threads of the cluster
 inline std::function<void()> body;
+inline std::vector<std::unique_ptr<char[]>> block_memories;  // of the cluster, each of its own so that AddressSanitizer sees its end
 
 // AddressSanitizer has to be told about every change of stack.
 inline void leave_for([[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes, [[maybe_unused]] void** fake) {
@@ -182,31 +187,63 @@ inline void shuffle_turns(std::vector<unsigned>& turn) {
   }
 }
 
-inline void run_block(unsigned threads, bool reverse, bool shuffled) {
+// The order of one round.
+inline void take_turns(std::vector<unsigned>& turn, unsigned count, bool reverse, bool shuffled) {
+  turn.resize(count);
+  for (unsigned i = 0; i < count; ++i) turn[i] = reverse ? count - 1 - i : i;
+  if (shuffled) shuffle_turns(turn);
+}
+
+// Until every thread of one block is done or waits for the cluster.
+inline bool run_block(unsigned first, unsigned threads, bool reverse, bool shuffled) {
   static std::vector<unsigned> turn;
-  turn.resize(threads);
-  for (unsigned i = 0; i < threads; ++i) {
-    turn[i] = reverse ? threads - 1 - i : i;
-    fibers[i].waits = Waits::kNo;
-    fibers[i].shuffles = 0;
-  }
-  for (unsigned done = 0; done < threads;) {
+  take_turns(turn, threads, reverse, false);
+  for (bool any = false;; any = true) {
     bool ran = false;
     if (shuffled) shuffle_turns(turn);
     for (unsigned i : turn) {
-      if (fibers[i].waits != Waits::kNo) continue;
+      Fiber& fiber = fibers[first + i];
+      if (fiber.waits != Waits::kNo) continue;
       ran = true;
-      current = i;
+      current = first + i;
       threadIdx.x = i;
       void* fake = nullptr;
-      leave_for(fibers[i].stack, kStackBytes, &fake);
-      switch_places(scheduler, fibers[i].place);
+      leave_for(fiber.stack, kStackBytes, &fake);
+      switch_places(scheduler, fiber.place);
       arrived(fake, nullptr, nullptr);
-      done += fibers[i].waits == Waits::kDone;
     }
-    for (unsigned warp = 0; warp < threads; warp += kWarpSize) open_barrier(Waits::kForWarp, warp, std::min(warp + kWarpSize, threads));
-    open_barrier(Waits::kForBlock, 0, threads);
-    if (!ran && done < threads) {
+    for (unsigned warp = 0; warp < threads; warp += kWarpSize)
+      open_barrier(Waits::kForWarp, first + warp, first + std::min(warp + kWarpSize, threads));
+    open_barrier(Waits::kForBlock, first, first + threads);
+    if (!ran) return any;
+  }
+}
+
+// Those go on whose arrival every live thread of the cluster has reached.
+inline void open_cluster(unsigned threads) {
+  unsigned reached = ~0u;
+  for (unsigned i = 0; i < threads; ++i)
+    if (fibers[i].waits != Waits::kDone) reached = std::min(reached, fibers[i].arrivals);
+  for (unsigned i = 0; i < threads; ++i)
+    if (fibers[i].waits == Waits::kForCluster && fibers[i].arrivals <= reached) fibers[i].waits = Waits::kNo;
+}
+
+inline void run_cluster(unsigned first_block, unsigned blocks, unsigned threads, bool reverse, bool shuffled) {
+  for (unsigned i = 0; i < blocks * threads; ++i) {
+    fibers[i].waits = Waits::kNo;
+    fibers[i].shuffles = fibers[i].arrivals = 0;
+  }
+  static std::vector<unsigned> turn;
+  for (;;) {
+    bool ran = false;
+    take_turns(turn, blocks, reverse, shuffled);
+    for (unsigned block : turn) {
+      blockIdx.x = first_block + block;
+      ran |= run_block(block * threads, threads, reverse, shuffled);
+    }
+    if (std::all_of(fibers.begin(), fibers.begin() + blocks * threads, [](const Fiber& f) { return f.waits == Waits::kDone; })) return;
+    open_cluster(blocks * threads);
+    if (!ran) {
       fibers.clear();  // they stand in the middle of this kernel
       throw std::runtime_error("deadlock: threads of one block wait at different barriers");
     }
@@ -232,23 +269,40 @@ inline unsigned ballot(bool predicate) {
   const unsigned box = fibers[current].shuffles % 2;
   shuffle(predicate, current);
   unsigned bits = 0;
-  for (unsigned l = 0; l < kWarpSize && first_of_warp() + l < blockDim.x; ++l)
+  for (unsigned l = 0; l < kWarpSize && threadIdx.x - lane() + l < blockDim.x; ++l)
     bits |= unsigned{fibers[first_of_warp() + l].mail[box][0] != 0} << l;
   return bits;
 }
 
+inline char* block_memory() { return block_memories[current / blockDim.x].get(); }
+
+inline void cluster_arrive() { ++fibers[current].arrivals; }
+inline void cluster_wait() { yield(Waits::kForCluster); }
+
+// The same place of the memory of the cluster's block `rank`.
+template <class T>
+T* in_block(T* at, int rank) {
+  return reinterpret_cast<T*>(block_memories[rank].get() + (reinterpret_cast<char*>(at) - block_memory()));
+}
+
+// `cluster` blocks in a row run together, each with so many bytes of block_memory(). Blocks of a cluster have whole warps.
 template <class Kernel, class... Args>
-void run_grid(Kernel kernel, int64_t blocks, int threads, Args... args) {
-  want_fibers(threads);
+void run_clusters(Kernel kernel, int64_t blocks, int threads, int cluster, size_t bytes, Args... args) {
+  want_fibers(threads * cluster);
   const char* order = std::getenv("CUDA_ON_CPU_ORDER");
   const bool reverse = order && !std::strcmp(order, "reverse"), shuffled = order && !std::strcmp(order, "shuffled");
+  block_memories.clear();
+  for (int i = 0; i < cluster; ++i) block_memories.emplace_back(new char[bytes]);
   blockDim.x = threads;
   gridDim.x = static_cast<unsigned>(blocks);
   body = [&] { kernel(args...); };
-  for (int64_t block = 0; block < blocks; ++block) {
-    blockIdx.x = static_cast<unsigned>(block);
-    run_block(threads, reverse, shuffled);
-  }
+  for (int64_t block = 0; block < blocks; block += cluster)
+    run_cluster(static_cast<unsigned>(block), cluster, threads, reverse, shuffled);
+}
+
+template <class Kernel, class... Args>
+void run_grid(Kernel kernel, int64_t blocks, int threads, Args... args) {
+  run_clusters(kernel, blocks, threads, 1, 0, args...);
 }
 
 }  // namespace cuda_on_cpu

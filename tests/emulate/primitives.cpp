@@ -1,5 +1,6 @@
 // What the emulator itself promises: each primitive against what CUDA defines, and the faults it is there to show. Exits 0
-// where all hold; `racy` prints what a block sum without a barrier comes to, `stuck` waits at two barriers at once.
+// where all hold; `racy` prints what a block sum without a barrier comes to, `racy-cluster` one over blocks, `stuck` waits at two
+// barriers at once.
 #include "cuda_on_cpu.h"
 
 #include <cstdio>
@@ -52,12 +53,48 @@ __global__ void stuck() {  // lane 0 waits for its block, the others of its warp
   if (threadIdx.x % 32 == 0) __syncwarp();
 }
 
+constexpr int kCluster = 4, kClusterThreads = 64;
+__global__ void clusters() {
+  auto* own = reinterpret_cast<unsigned*>(cuda_on_cpu::block_memory());
+  const unsigned first = blockIdx.x / kCluster * kCluster, neighbour = threadIdx.x ^ 1;
+  own[threadIdx.x] = 1000 * blockIdx.x + threadIdx.x;
+  cuda_on_cpu::cluster_arrive();
+  cuda_on_cpu::cluster_wait();
+  for (int rank = 0; rank < kCluster; ++rank)
+    EXPECT(cuda_on_cpu::in_block(own, rank)[neighbour] == 1000 * (first + rank) + neighbour);
+  cuda_on_cpu::cluster_arrive();
+  EXPECT(__shfl_xor_sync(~0u, threadIdx.x, 1) == neighbour);  // a block goes on until it waits
+  __syncthreads();
+  cuda_on_cpu::cluster_wait();
+  own[threadIdx.x] = 0;
+  if (blockIdx.x % 2 || threadIdx.x >= 32) return;  // who has left is waited for no more
+  cuda_on_cpu::cluster_arrive();
+  cuda_on_cpu::cluster_wait();
+  EXPECT(*cuda_on_cpu::in_block(own, kCluster - 1) == 0);
+}
+
+__global__ void racy_cluster() {
+  auto* own = reinterpret_cast<long*>(cuda_on_cpu::block_memory());
+  *own = 0;
+  cuda_on_cpu::cluster_arrive();
+  cuda_on_cpu::cluster_wait();
+  *own = blockIdx.x + 1;
+  if (blockIdx.x || threadIdx.x) return;
+  total = 0;
+  for (int rank = 0; rank < kCluster; ++rank) total += *cuda_on_cpu::in_block(own, rank);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::string what = count > 1 ? arguments[1] : "primitives";
   if (what == "racy") {
     cuda_on_cpu::run_grid(racy, 1, kThreads);
+    std::printf("%ld\n", total);
+    return 0;
+  }
+  if (what == "racy-cluster") {
+    cuda_on_cpu::run_clusters(racy_cluster, kCluster, kClusterThreads, kCluster, sizeof(long));
     std::printf("%ld\n", total);
     return 0;
   }
@@ -69,5 +106,6 @@ int main(int count, char** arguments) {
     }
   }
   cuda_on_cpu::run_grid(primitives, 2, kThreads);  // after a deadlock too
+  cuda_on_cpu::run_clusters(clusters, 2 * kCluster, kClusterThreads, kCluster, kClusterThreads * sizeof(unsigned));
   return failures != 0;
 }

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import os
@@ -9,7 +10,20 @@ import tiny
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.train import checkpoint
-from rlhf_fast.train.checkpoint import claim_output, read_json, save_model, write_directory, write_json
+from rlhf_fast.train.checkpoint import (
+    LOCK,
+    claim_output,
+    digest,
+    discard,
+    locked,
+    numbered,
+    read_json,
+    remove_partials,
+    save_model,
+    write_directory,
+    write_file,
+    write_json,
+)
 from rlhf_fast.train.errors import UserError
 
 
@@ -27,6 +41,12 @@ def test_claiming_refuses_files_and_directories_in_use(tmp_path):
         claim_output(tmp_path / "notes.txt")
     with pytest.raises(UserError, match="not a directory that can be written"):
         claim_output(tmp_path / "notes.txt" / "below")
+
+
+def test_what_a_process_leaves_that_was_killed_at_once_is_in_nobodys_way(tmp_path):
+    (tmp_path / LOCK).write_text("1 on elsewhere")
+    (tmp_path / ".config.yaml.partial-1").write_text("s")
+    assert claim_output(tmp_path) == tmp_path
 
 
 def test_a_directory_appears_whole(tmp_path):
@@ -60,6 +80,99 @@ def test_everything_is_flushed_before_the_rename_and_the_parent_after_it(tmp_pat
         (partial / "inner").mkdir()
         (partial / "inner" / "data").write_text("1")
     assert steps == ["data", "inner", partial.name, "rename", tmp_path.name]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    for content in ("one", "two"):
+        with write_file(path) as partial:
+            partial.write_text(content)
+            assert not path.exists() or path.read_text() == "one"
+        assert path.read_text() == content
+    with pytest.raises(RuntimeError, match="stop"), write_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("stop")
+    assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_discarded_is_gone_at_once(tmp_path, monkeypatch):
+    (tmp_path / "old" / "inner").mkdir(parents=True)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: None)
+    discard(tmp_path / "old")
+    monkeypatch.undo()
+    assert not (tmp_path / "old").exists() and len(list(tmp_path.iterdir())) == 1
+    remove_partials(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_partials_are_removed(tmp_path):
+    for name in (".a.partial-12", "a.partial-12", ".partial", ".hidden"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".link.partial-3").symlink_to(tmp_path.parent)
+    remove_partials(tmp_path, tmp_path / "absent")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.partial-12", ".partial", ".hidden"}
+
+
+def test_names_are_numbered(tmp_path):
+    names = numbered(tmp_path / "a")
+    assert [next(names).name for _ in range(3)] == ["a", "a-2", "a-3"]
+
+
+def test_digest_is_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 10**6)
+    assert digest(tmp_path / "a") == hashlib.sha256(b"abc" * 10**6).hexdigest()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from rlhf_fast.train.checkpoint import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path):
+    lock = tmp_path / LOCK
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"{tmp_path} is in use by process {holder.pid} on "), locked(lock):
+            pytest.fail("the body must not run")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert lock.exists()
+    with locked(lock):
+        assert lock.read_text().startswith(f"{os.getpid()} on ")
+    assert not lock.exists()
+
+
+def test_a_lock_removed_by_its_holder_is_not_taken_for_held(tmp_path, monkeypatch):
+    """Between opening and locking it the file may have gone: the lock of a file without a name keeps nobody away."""
+    lock, lockf, first = tmp_path / LOCK, checkpoint.fcntl.lockf, []
+
+    def late(file, how):
+        if not first:
+            first.append(lock.unlink())
+        lockf(file, how)
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", late)
+    with locked(lock):
+        assert lock.exists()
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", none)
+    with (
+        pytest.raises(UserError, match=r"\.lock cannot be locked \(No locks available\); give a directory"),
+        locked(tmp_path / LOCK),
+    ):
+        pytest.fail("the body must not run")
 
 
 def test_json_survives_and_numbers_that_are_not_finite_become_text(tmp_path):

@@ -297,7 +297,7 @@ def test_help_shows_group_default_and_source():
 # ---------------------------------------------------------------- the stages' own configs
 
 
-STAGES = {"sft": "SFTConfig", "reward": "RewardConfig", "ppo": "PPOConfig"}
+STAGES = {"sft": "SFTConfig", "reward": "RewardConfig", "ppo": "PPOConfig", "dpo": "DPOConfig"}
 
 
 @pytest.mark.parametrize(("module", "name"), STAGES.items())

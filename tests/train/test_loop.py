@@ -1,16 +1,20 @@
 import io
 import json
 import math
-from dataclasses import dataclass
+import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from rlhf_fast.train import loop
+from rlhf_fast.train.checkpoint import to_json
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.record import Progress, RunLog, Stage
+from rlhf_fast.train.resume import State
 
 LENGTHS = [(7 * i) % 40 + 1 for i in range(103)]
 
@@ -89,6 +93,19 @@ def test_means_average_since_the_last_look():
     assert means.take() == {"a": 2.0, "b": 4.0}
     means.add({"a": torch.tensor(7)})
     assert means.take() == {"a": 7.0}
+
+
+def test_means_can_be_saved_and_restored_to_the_bit():
+    means, again = loop.Means(), loop.Means()
+    for value in (0.1, float("nan"), 1e-30, float("inf")):
+        means.add({"a": torch.tensor(value), "b": torch.tensor(7), "c": torch.tensor(1 / 3, dtype=torch.bfloat16)})
+        again.restore(json.loads(to_json(means.state())), torch.device("cpu"))
+        assert str(again.state()) == str(means.state())
+    for both in (means, again):
+        both.add({"a": torch.tensor(0.2), "b": torch.tensor(1), "c": torch.tensor(0.5)})
+    assert str(again.take()) == str(means.take())
+    again.restore(loop.Means().state(), torch.device("cpu"))
+    assert again.state() == {"names": [], "rows": []}
 
 
 # ---------------------------------------------------------------------------------------------------------- step
@@ -191,6 +208,14 @@ def test_the_order_of_the_data_does_not_depend_on_what_was_sampled():
     assert torch.randperm(9, generator=first).equal(torch.randperm(9, generator=second))
 
 
+def test_everything_random_is_seeded():
+    def draws():
+        loop.seed_everything(2**40 + 3)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert draws() == draws()
+
+
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     [(0, 0, 0, 1), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1.0), (0, 10, 0, 0.2775)],
@@ -228,6 +253,15 @@ def test_progress_without_a_terminal_prints_the_first_and_the_last_line():
     assert lines[0].endswith("s left  loss 1") and lines[1].endswith("/s  0 s left  loss 5")
 
 
+def test_progress_after_a_kill_counts_its_own_steps_for_the_speed(monkeypatch):
+    clock, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("rlhf_fast.train.record.time.monotonic", lambda: clock[0])
+    progress = Progress("sft", 10, stream, before=6)
+    clock[0] = 2.0
+    progress.update(8, "x")
+    assert stream.getvalue() == "sft  8/10  1/s  2 s left  x\n"
+
+
 def test_progress_on_a_terminal_shows_a_bar(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: True)
@@ -237,21 +271,20 @@ def test_progress_on_a_terminal_shows_a_bar(monkeypatch):
     assert "2/2" in stream.getvalue() and "loss 1" in stream.getvalue()
 
 
-@dataclass(frozen=True)
-class SomeConfig:
-    rate: float = 0.5
-
-
 def test_a_stage_writes_its_summary_last_and_only_when_it_finished(tmp_path):
     def stage(name):
-        return Stage("sft", SomeConfig(), tmp_path / name, 1, 42, torch.device("cpu"), {"rows_used": 3})
+        config = loop.StageConfig(model="m", data=str(tiny.write_pairs(tmp_path / "pairs")), output_dir=name, seed=5)
+        model = linear()
+        optimizer = loop.adamw([model], weight_decay=0.0, epsilon=1e-5)
+        state = State({"model": model}, optimizer, torch.Generator(), SimpleNamespace(), {})
+        return Stage("sft", config, tmp_path / name, 1, 42, torch.device("cpu"), {"rows_used": 3}, state)
 
     with stage("done") as run:
         run.log(1, {"loss": 1.0}, show=("loss",))
         assert not (tmp_path / "done" / "stage.json").exists()
         run.finish({"loss": 1.0})
     summary = json.loads((tmp_path / "done" / "stage.json").read_text())
-    assert summary["stage"] == "sft" and summary["config"] == {"rate": 0.5} and summary["parameters"] == 42
+    assert summary["stage"] == "sft" and summary["config"]["seed"] == 5 and summary["parameters"] == 42
     assert summary["data"] == {"rows_used": 3} and summary["results"] == {"loss": 1.0}
     assert set(summary["versions"]) == {"rlhf_fast", "torch", "transformers", "python", "build"}
     assert summary["started"].endswith("+00:00") and summary["seconds"] > 0 and summary["cpu_seconds"] > 0

@@ -15,9 +15,10 @@ from transformers import (
     MiniCPM3Config,
 )
 
+from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import load_policy
-from rlhf_fast.train.policy import _output_of_linear, logit_head, response_logprobs
+from rlhf_fast.train.policy import _output_of_linear, logit_head, response_logprobs, response_ppo_loss
 
 VOCAB = 300
 # Architectures that do something to their logits, or to what the head reads.
@@ -105,6 +106,27 @@ def test_logprobs_entropies_and_gradients_are_those_of_the_plain_model(architect
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
     ours, eager = (gradients(made, (logprobs + 0.3 * entropy).sum()) for logprobs, entropy in (got, expected))
     assert set(ours) == set(eager) and any("lm_head" in n or "embed" in n or "wte" in n for n in ours)
+    for name in ours:
+        torch.testing.assert_close(ours[name], eager[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("full_logits", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_ppo_loss_and_its_gradients_are_those_of_the_plain_model(architecture, full_logits):
+    made = model(architecture)
+    ids, mask, response_mask = inputs(made)
+    logprobs, entropy = eager_logprobs(made, ids, response_mask, 0.7)
+    old = logprobs.detach() + torch.linspace(-0.5, 0.5, logprobs.numel()).view(logprobs.shape)
+    advantages = torch.linspace(1, -2, logprobs.numel()).view(logprobs.shape)
+    options = {"clip_low": 0.3, "clip_high": 0.1, "normalizer": 17}
+    policy_loss, stats = ppo_policy_loss_reference(logprobs, old, advantages.double(), response_mask, **options)
+    more = {"temperature": 0.7, "entropy_coef": 0.2, "full_logits": full_logits}
+    loss, got = response_ppo_loss(made, ids, mask, 4, old, advantages, response_mask, **options, **more)
+    torch.testing.assert_close(loss, policy_loss - 0.2 * entropy.sum() / 17, rtol=1e-9, atol=1e-10)
+    for name, value in (stats | {"entropy": entropy.sum() / 17, "policy_loss": policy_loss}).items():
+        torch.testing.assert_close(got[name], value.detach(), rtol=1e-9, atol=1e-10, msg=name)
+    ours, eager = gradients(made, loss), gradients(made, policy_loss - 0.2 * entropy.sum() / 17)
+    assert set(ours) == set(eager)
     for name in ours:
         torch.testing.assert_close(ours[name], eager[name], rtol=1e-8, atol=1e-10, msg=name)
 

@@ -379,7 +379,7 @@ def test_rollout_metrics_by_hand(tmp_path):
 
 
 def test_every_prompt_is_used_once_before_one_is_used_again():
-    batches = list(ppo.prompt_batches(5, 4, 5, torch.Generator().manual_seed(0)))
+    batches = list(ppo.prompt_batches(5, 4, 5, torch.Generator().manual_seed(0), []))
     assert [len(batch) for batch in batches] == [4] * 5
     flat = [row for batch in batches for row in batch]
     for start in range(0, 20, 5):

@@ -71,7 +71,7 @@ def write_stage(directory: Path, stage: str, *, steps: int = 30, flawed: int = 0
         "threads": 1,
         "parameters": 111232,
         "data": data,
-        "results": accuracy if stage == "reward" else {"loss": 0.5},
+        "results": accuracy if stage in ("reward", "dpo") else {"loss": 0.5},
     }
     (directory / "stage.json").write_text(json.dumps(summary))
 
@@ -108,7 +108,7 @@ def make_run(
     for stage in stages:
         write_stage(directory / stage, stage, steps=steps, flawed=flawed)
     (directory / "config.yaml").write_text("seed: 0\nppo:\n  kl_coef: 0.2 # <price>\n")
-    if "ppo" in stages:
+    if {"ppo", "dpo"} & set(stages):
         (directory / "evaluation.json").write_text(json.dumps(evaluation() if judged is None else judged))
     return directory
 
@@ -197,7 +197,14 @@ def chart_id(stage: str, metric: str) -> str:
     return f"{stage}-{metric}".replace("/", "-").replace("_", "-")
 
 
-EXPECTED = {chart_id(stage, curve.lines[0].metric) for stage in CURVES for curve in CURVES[stage]}
+PPO_RUN, DPO_RUN = ("sft", "reward", "ppo"), ("sft", "dpo")
+
+
+def charts_of(stages) -> set[str]:
+    return {chart_id(stage, curve.lines[0].metric) for stage in stages for curve in CURVES[stage]}
+
+
+EXPECTED = charts_of(PPO_RUN)
 HEADLINE = {"win_rate", "reward_accuracy", "reward_agreement"}
 
 
@@ -252,7 +259,7 @@ def test_a_real_run_has_every_metric_that_is_drawn(tmp_path):
     }
     files = {"data": str(tmp_path / "pairs.jsonl"), "output_dir": str(tmp_path / "out")}
     out = run(from_dict(RunConfig, small | stages | files))
-    for stage in CURVES:
+    for stage in PPO_RUN:
         logged = set().union(*(json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()))
         assert logged >= {line.metric for curve in CURVES[stage] for line in curve.lines}
     assert set(plots(out)) == EXPECTED | {"win_rate", "reward_accuracy", "ppo-score-kl", "judge-scores"}
@@ -263,13 +270,46 @@ def test_a_real_run_has_every_metric_that_is_drawn(tmp_path):
     assert "nobody" in summary["verdict"]["title"] or "trained on" in summary["verdict"]["title"]
 
 
+def test_a_run_with_dpo_has_its_own_stages_and_words(tmp_path):
+    write_report(
+        make_run(tmp_path / "run", stages=DPO_RUN, judged=evaluation() | {"kl": None, "reward_agreement": None})
+    )
+    page, summary = read_page(tmp_path / "run"), read_json(tmp_path / "run")
+    assert summary["verdict"]["title"] == "DPO made the policy better." and summary["problems"] == []
+    assert (
+        set(summary["headline"]) >= {"win_rate", "preference_accuracy"} and "reward_accuracy" not in summary["headline"]
+    )
+    assert set(plots(tmp_path / "run")) == charts_of(DPO_RUN) | {"win_rate", "preference_accuracy", "judge-scores"}
+    assert "after DPO" in page.text and "direct preference optimisation" in page.text
+    assert "PPO" not in page.text and "not run" not in page.text
+    write_report(make_run(tmp_path / "same", stages=("sft", "reward", "dpo"), judged=evaluation(same=True)))
+    assert "which learned from the same pairs as DPO" in read_page(tmp_path / "same").text
+
+
+@pytest.mark.parametrize(("advantage", "method"), [("gae", "PPO"), ("grpo", "GRPO"), ("rloo", "RLOO")])
+def test_a_policy_stage_is_named_after_its_advantage(run, advantage, method):
+    summary = json.loads((run / "ppo" / "stage.json").read_text())
+    summary["config"]["advantage"] = advantage
+    (run / "ppo" / "stage.json").write_text(json.dumps(summary))
+    write_report(run)
+    assert read_json(run)["verdict"]["title"] == f"{method} made the policy better."
+    assert f"before {method}" in read_page(run).text
+
+
+def test_a_dpo_stage_alone_is_known_by_its_log(tmp_path):
+    write_stage(tmp_path / "mine", "dpo")
+    (tmp_path / "mine" / "stage.json").unlink()
+    write_report(tmp_path / "mine")
+    assert set(read_json(tmp_path / "mine")["stages"]) == {"dpo"}
+
+
 @pytest.mark.parametrize(
     ("judged", "level", "title"),
     [
         (evaluation(), "good", "PPO made the policy better."),
         (evaluation(0.1, 0.2, 0.3), "bad", "PPO made the policy worse."),
         (evaluation(0.45, 0.52, 0.58), "unclear", "No clear difference before and after PPO."),
-        (evaluation(same=True), "warning", "PPO raised the score it was trained on; nobody independent"),
+        (evaluation(same=True), "warning", "PPO raised the reward model's score; nobody independent"),
         (evaluation(0.1, 0.2, 0.3, same=True), "bad", "PPO lowered the very score it was trained on."),
         (evaluation(0.45, 0.52, 0.58, same=True), "unclear", "PPO did not clearly change even the score"),
         (evaluation() | {"judge_is_training_reward": None}, "warning", "PPO made the policy better."),

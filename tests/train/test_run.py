@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_tokenizer_has_seen_no_heldout_prompt(finished, monkeypatch):
     monkeypatch.setattr(whole, "create_llama", lambda *_, **__: None)
     rows, _, _ = read_preferences(config.data, bad_rows="skip")
     train, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
-    whole.base_model(config, train)
+    whole.new_model(config, train)
     assert seen and not {row.prompt for row in heldout} & set(seen)
 
 
@@ -127,12 +128,33 @@ def test_results_load_with_plain_transformers(finished):
     assert AutoModelForSequenceClassification.from_pretrained(out / "reward").config.num_labels == 1
 
 
-def test_second_run_into_the_same_directory_is_refused(finished):
+def test_a_finished_run_is_left_alone_and_one_with_another_config_refused(finished, capsys):
     config, out = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert run(dataclasses.replace(config, save_every=7.0)) == out
+    assert f"run: finished in {out}, nothing is left to do" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"another config: seed \(was 0, now 1\)\. Set it back"):
+        run(dataclasses.replace(config, seed=1))
+    with pytest.raises(UserError, match=r"ppo belongs to a run with another config: gamma \(was 1.0, now 0.5\)\. Set"):
+        run(dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, gamma=0.5)))
+    with pytest.raises(UserError, match="sft belongs to a run that began with other inputs: 'model' has changed"):
+        run(dataclasses.replace(config, model=str(out / "sft")))
     with pytest.raises(UserError, match="already holds files"):
-        run(config)
+        run(dataclasses.replace(config, resume=False))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_stage_that_has_not_begun_may_be_changed(finished, tmp_path):
+    """What stopped before PPO goes on as if PPO had had the new settings from the start."""
+    config, out = finished
+    for name in ("config.yaml", "base", "sft", "reward"):
+        copy = shutil.copytree if (out / name).is_dir() else shutil.copy
+        copy(out / name, tmp_path / name)
+    changed = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, kl_coef=0.7), output_dir=str(tmp_path))
+    assert run(changed) == tmp_path
+    assert read(tmp_path / "ppo" / "stage.json")["config"]["kl_coef"] == 0.7
+    assert configure(tmp_path / "config.yaml", {}) == changed
+    assert (tmp_path / "sft" / "log.jsonl").read_bytes() == (out / "sft" / "log.jsonl").read_bytes()
 
 
 def test_given_model_made_pairs_and_judge(finished, tmp_path):
@@ -140,8 +162,7 @@ def test_given_model_made_pairs_and_judge(finished, tmp_path):
     config, out = finished
     demonstrations = [{"prompt": row["prompt"], "response": row["chosen"]} for row in preference_rows()]
     output = tmp_path / "out"
-    output.mkdir()
-    data = write_rows(output / "demonstrations.jsonl", demonstrations)
+    data = output / "demonstrations.jsonl"
     asked = []
 
     def make_pairs(sft_dir: Path) -> Path:
@@ -153,13 +174,31 @@ def test_given_model_made_pairs_and_judge(finished, tmp_path):
 
     judge.name = "length"
     given = dataclasses.replace(config, model=str(out / "base"), data=str(data), output_dir=str(output))
-    run(given, make_pairs=make_pairs, judge=judge, claimed=True)
+    run(given, prepare=lambda: write_rows(data, demonstrations), make_pairs=make_pairs, judge=judge)
     assert asked == [output / "sft"]
     assert not (output / "base").exists()
     evaluation = read(output / "evaluation.json")
     assert (evaluation["judge"], evaluation["judge_is_training_reward"]) == ("length", False)
     assert evaluation["reward_agreement"]["pairs"] > 0
     assert read(output / "reward" / "stage.json")["config"]["data"] == str(output / "pairs.jsonl")
+
+
+def test_dpo_takes_the_place_of_ppo_and_the_reward_model_judges_only_where_nobody_else_does(finished, tmp_path):
+    config, out = finished
+    settings = {"batch_size": 16, "num_train_epochs": 1, "max_response_tokens": 24}
+    given = to_dict(config) | {"model": str(out / "sft"), "algorithm": "dpo", "dpo": settings}
+    made = run(from_dict(RunConfig, given | {"output_dir": str(tmp_path / "own")}))
+    evaluation = read(made / "evaluation.json")
+    assert evaluation["judge_is_training_reward"] and evaluation["kl"] is None and not (made / "ppo").exists()
+    assert read(made / "dpo" / "stage.json")["config"]["model"] == str(made / "sft")
+    assert read(made / "report.json")["headline"]["preference_accuracy"]["value"] >= 0
+
+    def judge(samples):
+        return [float(len(sample.response)) for sample in samples]
+
+    made = run(from_dict(RunConfig, given | {"output_dir": str(tmp_path / "other")}), judge=judge)
+    assert not (made / "reward").exists() and not read(made / "evaluation.json")["judge_is_training_reward"]
+    assert {name for name in ("sft", "dpo", "report.html") if (made / name).exists()} == {"sft", "dpo", "report.html"}
 
 
 # ---------------------------------------------------------------- config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlhf_fast.train.report.plot import Point, Reference, Series, line_chart, number
 from rlhf_fast.train.report.read import Run, Stage, finite
 
-STEP_NAMES = {"sft": "optimiser step", "reward": "optimiser step", "ppo": "PPO update"}
+STEP_NAMES = {"sft": "optimiser step", "reward": "optimiser step", "ppo": "policy update", "dpo": "optimiser step"}
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,79 @@ CURVES: dict[str, tuple[Curve, ...]] = {
             detail=True,
         ),
     ),
+    "dpo": (
+        Curve(
+            "Loss",
+            "per pair",
+            "How far the policy is from preferring the chosen replies, by the chosen kind of loss. DPO's own starts at "
+            "ln 2 = 0.693, where the policy still is the SFT model; held-out loss that turns up again means overfitting.",
+            (Line("loss", "training"), Line("eval_loss", "held-out", "marks")),
+        ),
+        Curve(
+            "Accuracy",
+            "share of pairs",
+            "How often the chosen reply has gained more probability than the rejected one. 50% is guessing; people agree "
+            "with one another on about three pairs of four, so much more on human labels would be learning by heart.",
+            (Line("rewards/accuracies", "training"), Line("eval_rewards/accuracies", "held-out", "marks")),
+            percent=True,
+            references=(Reference(0.5, "guessing"),),
+            include=(0.5, 1.0),
+        ),
+        Curve(
+            "Implicit rewards",
+            "beta x log-ratio",
+            "How much more probable than for the SFT model the replies have become, times beta. The chosen ones should end "
+            "above the rejected ones; where both fall far below 0, probability goes to replies that nobody compared.",
+            (Line("rewards/chosen", "chosen"), Line("rewards/rejected", "rejected")),
+            references=(Reference(0, ""),),
+            include=(0,),
+        ),
+        Curve(
+            "Margin",
+            "chosen − rejected",
+            "How far the implicit reward of the chosen reply is ahead. It should rise above 0 and level off.",
+            (Line("rewards/margins", "training"), Line("eval_rewards/margins", "held-out", "marks")),
+            references=(Reference(0, ""),),
+            include=(0,),
+        ),
+        Curve(
+            "Log-probability of a reply",
+            "nats",
+            "What the policy makes of whole replies. A slow fall of both is usual; a steep one of the chosen replies means "
+            "that the policy forgets how to write them: raise beta, or lower the learning rate.",
+            (Line("logps/chosen", "chosen"), Line("logps/rejected", "rejected")),
+        ),
+        Curve(
+            "Entropy",
+            "nats per token",
+            "How undecided the policy is about the next token of these replies.",
+            (Line("entropy", "policy"),),
+            include=(0,),
+            detail=True,
+        ),
+        Curve("Gradient norm", "L2 norm", GRADIENT_NORM, (Line("grad_norm", "each step"),), include=(0,), detail=True),
+        Curve(
+            "Learning rate",
+            "per step",
+            LEARNING_RATE,
+            (Line("learning_rate", "each step", "line"),),
+            include=(0,),
+            detail=True,
+        ),
+        Curve(
+            "Speed",
+            "tokens per second",
+            "Training tokens per second of wall time; dips are other work on the machine.",
+            (Line("tokens_per_second", "each step"),),
+            include=(0,),
+            detail=True,
+        ),
+    ),
     "ppo": (
         Curve(
             "Reward-model score",
             "score per reply",
-            "What PPO is after: the reward model's mean score of sampled replies. It should rise. That alone does not "
+            "What the policy is after: the reward model's mean score of sampled replies. It should rise. That alone does not "
             "show better replies, only replies that the reward model likes better.",
             (Line("objective/scores", "score"), Line("objective/rlhf_reward", "score minus KL penalty")),
         ),
@@ -164,7 +232,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         ),
         Curve(
             "Clip fraction",
-            "share of tokens",
+            "share of tokens, with RLOO of replies",
             "Tokens on which PPO's clipping held the update back. Some is normal; none at all means very careful "
             "steps, and a share that keeps growing means that the steps are too large.",
             (Line("policy/clipfrac_avg", "policy"),),
@@ -207,7 +275,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         ),
         Curve(
             "Size of each update (approximate KL)",
-            "nats per token",
+            "nats per token, with RLOO per reply",
             "How far one round of updates moves the policy away from the one that wrote the replies. Small and even is "
             "healthy; spikes mean a learning rate or a number of epochs that is too high.",
             (Line("policy/approxkl_avg", "new vs. old policy"),),
@@ -320,7 +388,7 @@ def _frontier(stage: Stage) -> Chart | None:
     )
     explanation = (
         "What the distance from the SFT model buys. Up is good, right is the price; where the cloud goes right without "
-        "going up, PPO pays in KL and gets nothing for it."
+        "going up, the policy pays in KL and gets nothing for it."
     )
     return Chart("ppo-score-kl", "Score for distance", explanation, svg, (series,))
 

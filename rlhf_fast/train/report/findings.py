@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlhf_fast.train.report.plot import change, number
 from rlhf_fast.train.report.read import STAGES, Run, finite, lookup
 
-NAMES = {"sft": "supervised fine-tuning", "reward": "the reward model", "ppo": "PPO"}
+NAMES = {"sft": "supervised fine-tuning", "reward": "the reward model", "dpo": "DPO"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Check:
     text: str
 
 
+def name_of(run: Run, stage: str) -> str:
+    return NAMES.get(stage, run.method)
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
@@ -61,7 +65,7 @@ def count(value: float) -> str:
 
 
 def verdict(run: Run) -> Verdict:
-    """Did PPO make the policy better? Says so only when an interval and an independent judge support it."""
+    """Did training on preferences make the policy better? Says so only when an interval and an independent judge support it."""
     win = win_rate(run)
     if win is None:
         return _unjudged(run)
@@ -69,25 +73,34 @@ def verdict(run: Run) -> Verdict:
     pairs = finite(run.evaluation, "pairs")
     prompts = f"On {count(pairs)} held-out prompts" if pairs else "On held-out prompts"
     won = (
-        f"in {percent(win.value)} of the comparisons with the reply from before PPO "
+        f"in {percent(win.value)} of the comparisons with the reply from before {run.method} "
         f"(95% interval {interval(win.low, win.high)})"
     )
     same = lookup(run.evaluation, "judge_is_training_reward")
     if same is True:
         return _judged_by_reward(
             win,
-            f"{prompts}, the new reply scored higher {won}. But the judge was {judge}, the very model that PPO "
-            "optimised: a policy that has learned to exploit its mistakes would win just the same. Read the samples, "
-            "or judge by other means.",
+            run.method,
+            f"{prompts}, the new reply scored higher {won}. But the judge was {judge}, {_tie(run)}: a policy that has "
+            "learned to exploit its mistakes would win just the same. Read the samples, or judge by other means.",
         )
     text = f"{prompts}, the judge ({judge}) preferred the new reply {won}. 50% would mean no difference."
     if same is not False:
-        text += " The run does not say whether this judge is independent of the reward model that PPO optimised."
+        text += f" The run does not say whether this judge is independent of what {run.method} learned from."
     if win.low > 0.5:
-        return Verdict("good" if same is False else "warning", "PPO made the policy better.", text)
+        return Verdict("good" if same is False else "warning", f"{run.method} made the policy better.", text)
     if win.high < 0.5:
-        return Verdict("bad", "PPO made the policy worse.", text + _hacking_note(run))
-    return Verdict("unclear", "No clear difference before and after PPO.", f"{text} The interval includes 50%.")
+        return Verdict("bad", f"{run.method} made the policy worse.", text + _hacking_note(run))
+    return Verdict(
+        "unclear", f"No clear difference before and after {run.method}.", f"{text} The interval includes 50%."
+    )
+
+
+def _tie(run: Run) -> str:
+    """How a reward model that judges is bound to what it judges."""
+    if run.last == "dpo":
+        return "which learned from the same pairs as DPO"
+    return f"the very model that {run.method} optimised"
 
 
 def _hacking_note(run: Run) -> str:
@@ -100,36 +113,37 @@ def _hacking_note(run: Run) -> str:
     )
 
 
-def _judged_by_reward(win: Share, text: str) -> Verdict:
+def _judged_by_reward(win: Share, method: str, text: str) -> Verdict:
     if win.low > 0.5:
-        title = "PPO raised the score it was trained on; nobody independent has judged the replies."
+        title = f"{method} raised the reward model's score; nobody independent has judged the replies."
         return Verdict("warning", title, text)
     if win.high < 0.5:
-        return Verdict("bad", "PPO lowered the very score it was trained on.", text)
-    return Verdict("unclear", "PPO did not clearly change even the score it was trained on.", text)
+        return Verdict("bad", f"{method} lowered the very score it was trained on.", text)
+    return Verdict("unclear", f"{method} did not clearly change even the score it was trained on.", text)
 
 
 def _unjudged(run: Run) -> Verdict:
-    done = [NAMES[name] for name in STAGES if run.stages[name].status in ("complete", "damaged")]
+    done = [name_of(run, name) for name in STAGES if run.stages[name].status in ("complete", "damaged")]
     open_stage = next((name for name in STAGES if run.stages[name].status == "unfinished"), None)
     finished = f"Finished: {', '.join(done)}." if done else "No stage has finished."
     if open_stage:
         log = run.stages[open_stage].log
         where = f" after step {number(log[-1]['step'])}" if log else ""
-        title = f"{NAMES[open_stage]} has not finished."
+        name = name_of(run, open_stage)
+        title = f"{name} has not finished."
         return Verdict(
             "open",
             title[0].upper() + title[1:],
-            f"{finished} The last record of {NAMES[open_stage]} ends{where}: it was stopped, or it is still running.",
+            f"{finished} The last record of {name} ends{where}: it was stopped, or it is still running.",
         )
-    if run.stages["ppo"].status == "absent":
+    if run.stages[run.last].status == "absent":
         return Verdict(
             "open", "PPO has not run yet.", f"{finished} Whether the policy gets better shows only after PPO."
         )
     return Verdict(
         "open",
-        "PPO finished, and nothing has judged the result.",
-        f"{finished} The policies before and after PPO were not compared, so whether it became better is unknown.",
+        f"{run.method} finished, and nothing has judged the result.",
+        f"{finished} The policies before and after {run.method} were not compared, so whether it became better is unknown.",
     )
 
 
@@ -169,6 +183,14 @@ def reward_accuracy(run: Run) -> Share | None:
     )
 
 
+def preference_accuracy(run: Run) -> Share | None:
+    results = lookup(run.stages["dpo"].summary, "results")
+    pairs = finite(results, "eval_pairs")
+    note = f"orders {count(pairs)} held-out pairs as labelled" if pairs else "orders held-out pairs as labelled"
+    label, keys = "DPO's implicit reward", ("accuracy", "accuracy_low", "accuracy_high")
+    return _share(results, "preference_accuracy", label, *keys, note, "guessing")
+
+
 def judge_agreement(run: Run) -> Share | None:
     agreement = lookup(run.evaluation, "reward_agreement")
     pairs = finite(agreement, "pairs")
@@ -181,7 +203,8 @@ def judge_agreement(run: Run) -> Share | None:
 
 
 def shares(run: Run) -> list[Share]:
-    return [share for share in (win_rate(run), reward_accuracy(run), judge_agreement(run)) if share is not None]
+    found = win_rate(run), reward_accuracy(run), judge_agreement(run), preference_accuracy(run)
+    return [share for share in found if share is not None]
 
 
 def sequence_kl(run: Run) -> float | None:
@@ -230,10 +253,9 @@ def _check_judge(run: Run) -> Check | None:
     if same:
         return Check(
             False,
-            "The judge is the reward model that PPO optimised, so the win rate cannot tell better replies from "
-            "exploited mistakes.",
+            f"The judge is a reward model, {_tie(run)}, so the win rate cannot tell better replies from exploited mistakes.",
         )
-    return Check(True, "The judge is independent of the reward model that PPO optimised.")
+    return Check(True, f"The judge is independent of what {run.method} learned from.")
 
 
 def _check_accuracy(run: Run) -> Check | None:
@@ -242,10 +264,11 @@ def _check_accuracy(run: Run) -> Check | None:
         return None
     if share.low > 0.5:
         return Check(True, f"The reward model is better than guessing on held-out pairs ({percent(share.value)}).")
+    harm = "it is a poor judge" if run.last == "dpo" else f"{run.method} followed a poor guide"
     return Check(
         False,
         f"The reward model is not clearly better than guessing on held-out pairs ({percent(share.value)}): "
-        "PPO followed a poor guide. More or cleaner pairs help most.",
+        f"{harm}. More or cleaner pairs help most.",
     )
 
 
@@ -258,7 +281,7 @@ def _check_agreement(run: Run) -> Check | None:
     return Check(
         False,
         f"The reward model does not clearly order replies as the judge does ({percent(share.value)}): "
-        "what PPO was paid for is not what the judge wants.",
+        f"what {run.method} was paid for is not what the judge wants.",
     )
 
 
@@ -277,7 +300,7 @@ def _check_hacking(run: Run) -> Check | None:
         )
     if reward_after > reward_before:
         return Check(True, f"The judge's score rose together with the reward model's ({scores}).")
-    return Check(False, f"PPO did not raise the score it was trained on ({scores}).")
+    return Check(False, f"{run.method} did not raise the score it was trained on ({scores}).")
 
 
 def _check_endings(run: Run) -> Check | None:
@@ -285,9 +308,10 @@ def _check_endings(run: Run) -> Check | None:
     if rate is None:
         return None
     if rate >= 0.9:
-        return Check(True, f"{percent(rate)} of the replies after PPO end by themselves.")
+        return Check(True, f"{percent(rate)} of the replies after {run.method} end by themselves.")
     return Check(
-        False, f"Only {percent(rate)} of the replies after PPO end by themselves; the others ran into the length limit."
+        False,
+        f"Only {percent(rate)} of the replies after {run.method} end by themselves; the others ran into the length limit.",
     )
 
 

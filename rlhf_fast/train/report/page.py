@@ -11,13 +11,24 @@ from string import Template
 
 from rlhf_fast.train.report import curves, findings
 from rlhf_fast.train.report.plot import Series, alike, change, histogram, interval_bar, number
-from rlhf_fast.train.report.read import STAGES, Run, Stage, finite, finite_list
+from rlhf_fast.train.report.read import Run, Stage, finite, finite_list
 
-TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
+TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "dpo": "DPO"}
 PURPOSE = {
     "sft": "The model learns to imitate good replies.",
     "reward": "A second model learns from preference pairs which of two replies people like better.",
     "ppo": "The policy learns to write replies that the reward model scores higher, without straying too far.",
+    "dpo": "The policy learns from the preference pairs themselves, without straying too far.",
+}
+METHODS = {
+    "PPO": "proximal policy optimisation: the policy writes replies, the reward model scores them, and the policy is "
+    "changed in small steps towards higher scores.",
+    "GRPO": "group-relative policy optimisation: PPO without a value model; the policy writes several replies to each "
+    "prompt, and each counts as good or bad compared with the others.",
+    "RLOO": "REINFORCE leave-one-out: the policy writes several replies to each prompt, and each counts as good or bad "
+    "compared with the mean of the others.",
+    "DPO": "direct preference optimisation: the policy is changed so that, compared with the SFT model, the preferred "
+    "reply of each pair becomes more likely than the other.",
 }
 STATUS = {
     "complete": ("done", "finished"),
@@ -32,17 +43,15 @@ SHOWN_FLAWS = 10
 
 WORDS = (
     ("Policy", "the language model that writes the replies."),
-    ("SFT", "supervised fine-tuning: training on example replies. The starting point of PPO, “before” in this report."),
-    ("Reward model", "a model that gives a reply a score, trained on pairs of replies of which one was preferred."),
     (
-        "PPO",
-        "proximal policy optimisation: the policy writes replies, the reward model scores them, and the policy is "
-        "changed in small steps towards higher scores.",
+        "SFT",
+        "supervised fine-tuning: training on example replies. The starting point of {method}, “before” in this report.",
     ),
-    ("Judge", "whatever scores the replies before and after PPO on prompts that no stage was trained on."),
+    ("Reward model", "a model that gives a reply a score, trained on pairs of replies of which one was preferred."),
+    ("Judge", "whatever scores the replies before and after {method} on prompts that no stage was trained on."),
     (
         "Win rate",
-        "share of prompts on which the judge prefers the reply after PPO to the one before; a tie counts half.",
+        "share of prompts on which the judge prefers the reply after {method} to the one before; a tie counts half.",
     ),
     ("95% interval", "the range of true values that the number of comparisons leaves plausible."),
     (
@@ -61,10 +70,10 @@ def render(run: Run) -> str:
         _pipeline(run),
         _checks(run),
         _samples(run),
-        *(_curves(run, stage) for stage in STAGES),
+        *(_curves(run, stage) for stage in run.pipeline),
         _data(run),
         _what_was_run(run),
-        _glossary(),
+        _glossary(run),
     ]
     name = text(run.directory.resolve().name)
     return Template(_resource("page.html")).substitute(
@@ -86,6 +95,10 @@ def text(value: object) -> str:
     clean = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), clean.replace("\r\n", "\n"))
     clean = re.sub(r"[\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", clean)
     return escape(clean)
+
+
+def _title(run: Run, stage: str) -> str:
+    return TITLES.get(stage, run.method)
 
 
 def duration(seconds: float | None) -> str:
@@ -127,7 +140,7 @@ def _headline(run: Run, verdict: findings.Verdict) -> str:
     tiles = [_share_tile(share) for share in findings.shares(run)]
     before, after = finite(run.evaluation, "score_before"), finite(run.evaluation, "score_after")
     if before is not None and after is not None:
-        tiles.append(_tile("Judge's mean score", change(before, after), "before → after PPO"))
+        tiles.append(_tile("Judge's mean score", change(before, after), f"before → after {run.method}"))
     kl = findings.sequence_kl(run)
     if kl is not None:
         tiles.append(_tile("Distance from SFT", f"{number(kl)} <small>nats</small>", "KL per reply; 0 is no change"))
@@ -162,7 +175,7 @@ def _problems(run: Run) -> str:
 
 def _pipeline(run: Run) -> str:
     steps = []
-    for place, name in enumerate(STAGES, start=1):
+    for place, name in enumerate(run.pipeline, start=1):
         stage = run.stages[name]
         css, status = STATUS[stage.status]
         seconds = finite(stage.summary, "seconds")
@@ -170,10 +183,10 @@ def _pipeline(run: Run) -> str:
         if stage.status == "unfinished" and stage.log:
             status = f"not finished; last record at step {number(stage.log[-1]['step'])}"
         steps.append(
-            f'<li class="{css}"><p class="step"><span class="place" aria-hidden="true">{place}</span>{TITLES[name]}</p>'
+            f'<li class="{css}"><p class="step"><span class="place" aria-hidden="true">{place}</span>{_title(run, name)}</p>'
             f'<p>{PURPOSE[name]}</p><p class="status">{status}{took}</p></li>'
         )
-    return f'<ol class="pipeline" aria-label="The three stages">{"".join(steps)}</ol>'
+    return f'<ol class="pipeline" aria-label="The stages">{"".join(steps)}</ol>'
 
 
 def _checks(run: Run) -> str:
@@ -206,12 +219,16 @@ def _samples(run: Run) -> str:
     if not samples and not compared:
         return ""
     scorers = ("judge",) if run.evaluation.get("judge_is_training_reward") is True else ("judge", "reward")
-    body = compared + _sample_list(samples[:SHOWN_SAMPLES], scorers)
+    body = compared + _sample_list(samples[:SHOWN_SAMPLES], scorers, run.method)
     if rest := samples[SHOWN_SAMPLES:]:
-        body += _details(f"{len(rest)} more in the same order", _sample_list(rest, scorers))
+        body += _details(f"{len(rest)} more in the same order", _sample_list(rest, scorers, run.method))
     if worst := _rows(run.evaluation, "worst_samples"):
-        title = f"The {len(worst)} where PPO lost most" if len(worst) > 1 else "The one where PPO lost most"
-        body += _details(title, _sample_list(worst, scorers))
+        title = (
+            f"The {len(worst)} where {run.method} lost most"
+            if len(worst) > 1
+            else f"The one where {run.method} lost most"
+        )
+        body += _details(title, _sample_list(worst, scorers, run.method))
     intro = (
         "Replies to held-out prompts, the first ones and not picked by hand. A judge's score is higher for a better "
         "reply; the frame marks the reply that the judge preferred."
@@ -224,11 +241,11 @@ def _rows(mapping: dict, key: str) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _sample_list(rows: list[dict], scorers: Sequence[str]) -> str:
-    return _tag("div", "samples", *(_sample(row, scorers) for row in rows)) if rows else ""
+def _sample_list(rows: list[dict], scorers: Sequence[str], method: str) -> str:
+    return _tag("div", "samples", *(_sample(row, scorers, method) for row in rows)) if rows else ""
 
 
-def _sample(row: dict, scorers: Sequence[str]) -> str:
+def _sample(row: dict, scorers: Sequence[str], method: str) -> str:
     judged = {side: finite(row, f"judge_{side}") for side in SIDES}
     better = None
     if None not in judged.values() and judged["before"] != judged["after"]:
@@ -240,13 +257,13 @@ def _sample(row: dict, scorers: Sequence[str]) -> str:
         if None not in scores:
             for side, score in zip(SIDES, alike(*scores), strict=True):
                 chips[side].append(_tag("span", "chip", f"{scorer} {score}"))
-    replies = (_reply(side, row.get(side), chips[side], preferred=side == better) for side in SIDES)
+    replies = (_reply(f"{side} {method}", row.get(side), chips[side], preferred=side == better) for side in SIDES)
     return _tag("article", "sample", prompt, *replies)
 
 
-def _reply(side: str, reply: object, chips: list[str], *, preferred: bool) -> str:
+def _reply(title: str, reply: object, chips: list[str], *, preferred: bool) -> str:
     mark = _tag("span", "chip prefers", "preferred") if preferred else ""
-    who = _tag("p", "who", f"<span>{side} PPO</span>", mark, *chips)
+    who = _tag("p", "who", f"<span>{title}</span>", mark, *chips)
     return _tag("div", "reply better" if preferred else "reply", who, _quote(reply))
 
 
@@ -291,16 +308,16 @@ def _score_histogram(run: Run) -> str:
         return ""
     svg = histogram(
         "judge-scores",
-        "Distribution of the judge's scores before and after PPO",
+        f"Distribution of the judge's scores before and after {run.method}",
         before,
         after,
         x_label="judge's score",
     )
     explanation = (
-        "How the judge's scores are spread over all compared replies. After PPO the weight should lie further right; "
+        f"How the judge's scores are spread over all compared replies. After {run.method} the weight should lie further right; "
         "a new hump on the far left would be replies that went wrong."
     )
-    series = (Series("before PPO", (), colour=0), Series("after PPO", (), colour=1))
+    series = (Series(f"before {run.method}", (), colour=0), Series(f"after {run.method}", (), colour=1))
     return _figure("The spread of scores", explanation, svg, series)
 
 
@@ -316,7 +333,7 @@ def _curves(run: Run, stage: str) -> str:
     body = _tag("div", "charts", main) if main else ""
     if more:
         body += _details("More curves, for when something looks wrong", _tag("div", "charts", more))
-    return _section(f"curves-{stage}", f"{TITLES[stage]}: the curves", PURPOSE[stage], body)
+    return _section(f"curves-{stage}", f"{_title(run, stage)}: the curves", PURPOSE[stage], body)
 
 
 def _chart(chart: curves.Chart) -> str:
@@ -360,7 +377,7 @@ def _data(run: Run) -> str:
     )
     rows = [
         (
-            TITLES[name],
+            _title(run, name),
             f'<span class="path">{text(summary["path"])}</span>',
             *("–" if summary[key] is None else findings.count(summary[key]) for key in findings.COUNTS),
             findings.count(summary["flawed_rows"]),
@@ -404,10 +421,10 @@ FACTS = (
 
 def _what_was_run(run: Run) -> str:
     present = [stage for stage in run.stages.values() if stage.summary]
-    parts = [_command(present), _stage_table(present)]
+    parts = [_command(present), _stage_table(run, present)]
     for stage in present:
-        parts.append(_recorded(stage, "options in force", "config"))
-        parts.append(_recorded(stage, "results", "results"))
+        parts.append(_recorded(run, stage, "options in force", "config"))
+        parts.append(_recorded(run, stage, "results", "results"))
     if run.config:
         parts.append(_details("The whole run: config.yaml", f'<pre tabindex="0">{text(run.config)}</pre>'))
     versions = next((v for stage in reversed(present) if isinstance(v := stage.summary.get("versions"), dict)), {})
@@ -425,16 +442,16 @@ def _command(stages: list[Stage]) -> str:
     return "".join(f'<pre class="command" tabindex="0">{text(command)}</pre>' for command in commands)
 
 
-def _stage_table(stages: list[Stage]) -> str:
+def _stage_table(run: Run, stages: list[Stage]) -> str:
     if not stages:
         return ""
     rows = [(f"<b>{name}</b>", *(show(stage) for stage in stages)) for name, show in FACTS]
-    return _table(("", *(TITLES[stage.name] for stage in stages)), rows)
+    return _table(("", *(_title(run, stage.name) for stage in stages)), rows)
 
 
-def _recorded(stage: Stage, title: str, key: str) -> str:
+def _recorded(run: Run, stage: Stage, title: str, key: str) -> str:
     value = stage.summary.get(key)
-    return _details(f"{TITLES[stage.name]}: {title}", _facts(value)) if isinstance(value, dict) and value else ""
+    return _details(f"{_title(run, stage.name)}: {title}", _facts(value)) if isinstance(value, dict) and value else ""
 
 
 def _moment(started: object) -> str:
@@ -471,6 +488,8 @@ def _value(value: object) -> str:
     return text(number(value) if isinstance(value, float) else value)
 
 
-def _glossary() -> str:
-    rows = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in WORDS)
+def _glossary(run: Run) -> str:
+    words = [(word, meaning.format(method=run.method)) for word, meaning in WORDS]
+    words.insert(3, (run.method, METHODS[run.method]))
+    rows = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in words)
     return _section("words", "Words used here", "", f"<dl>{rows}</dl>")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from rlhf_fast.train.errors import UserError
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo")
+PLACES = ", ".join(f"{name}/" for name in STAGES)
+METHODS = {"gae": "PPO", "grpo": "GRPO", "rloo": "RLOO"}  # by the advantage of stage ppo
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -41,6 +43,23 @@ class Run:
     evaluation: dict
     config: str  # text of config.yaml
     problems: tuple[str, ...]  # what could not be read, one line each
+
+    @property
+    def last(self) -> str:
+        """The stage that learns from preferences: dpo where there is no ppo."""
+        return "dpo" if self.stages["dpo"].status != "absent" and self.stages["ppo"].status == "absent" else "ppo"
+
+    @property
+    def method(self) -> str:
+        """What that stage did, as people call it."""
+        advantage = lookup(self.stages["ppo"].summary, "config", "advantage")
+        return "DPO" if self.last == "dpo" else METHODS.get(str(advantage), "PPO")
+
+    @property
+    def pipeline(self) -> list[str]:
+        """The stages that belong to this run, in order; DPO needs no reward model, and PPO no DPO."""
+        needed = {"sft", self.last} | ({"reward"} if self.last == "ppo" else set())
+        return [name for name in STAGES if name in needed or self.stages[name].status != "absent"]
 
 
 def finite(mapping: object, *path: str) -> float | None:
@@ -77,22 +96,23 @@ def read_run(directory: str | Path) -> Run:
     directory = Path(directory)
     if not directory.is_dir():
         kind = "is a file" if directory.exists() else "does not exist"
-        raise UserError(f"{directory} {kind}; give the output directory of a run, which holds sft/, reward/ or ppo/")
+        raise UserError(f"{directory} {kind}; give the output directory of a run, which holds {PLACES}")
     problems: list[str] = []
     places = {name: directory / name for name in STAGES if (directory / name).is_dir()}
     alone = not places and any((directory / name).is_file() for name in ("stage.json", "log.jsonl"))
     if alone:
         places = {_stage_of(directory): directory}
     if not places:
-        raise UserError(
-            f"{directory} is not a run: it holds none of sft/, reward/, ppo/; give the output directory of a run"
-        )
+        raise UserError(f"{directory} is not a run: it holds none of {PLACES}; give the output directory of a run")
     stages = {name: _read_stage(name, places.get(name), directory, problems) for name in STAGES}
     config = _read_text(directory / "config.yaml", "config.yaml", problems)
     evaluation = _read_object(directory / "evaluation.json", "evaluation.json", problems)
     # Only a run of all stages writes config.yaml; stages that were run one by one have nothing to compare them.
-    if not (directory / "evaluation.json").exists() and config is not None and stages["ppo"].status == "complete":
-        problems.append("evaluation.json is missing: nothing has compared the PPO policy with the SFT policy")
+    trained = [name for name in ("ppo", "dpo") if stages[name].status == "complete"]
+    if not (directory / "evaluation.json").exists() and config is not None and trained:
+        problems.append(
+            f"evaluation.json is missing: nothing has compared the policy in {trained[0]}/ with the SFT policy"
+        )
     return Run(directory, stages, evaluation or {}, config or "", tuple(problems))
 
 
@@ -104,6 +124,8 @@ def _stage_of(directory: Path) -> str:
     if directory.resolve().name in STAGES:
         return directory.resolve().name
     metrics = set().union(*_read_log(directory / "log.jsonl", "log.jsonl", []))
+    if "rewards/margins" in metrics:
+        return "dpo"
     return "ppo" if "objective/scores" in metrics else "reward" if "margin" in metrics else "sft"
 
 

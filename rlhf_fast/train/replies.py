@@ -1,0 +1,44 @@
+"""Written replies as a policy reads them: token ids behind their prompt, and what the policy says of each reply token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.train.data import collate
+from rlhf_fast.train.policy import response_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlhf_fast.train.loop import Encoder
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and its reply; what is learnt begins at `start`."""
+
+    ids: list[int]
+    start: int
+
+
+def encode(encoder: Encoder, prompt: str, response: str) -> Example:
+    prompt_ids = encoder.prompt(prompt)
+    return Example(prompt_ids + encoder.response(response), start=len(prompt_ids))
+
+
+def reply_logprobs(
+    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, full_logits: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [B, T] of the last T columns, which hold all replies; 0 where there is no reply."""
+    ids, mask = (x.to(model.device) for x in collate([example.ids for example in examples], pad_id, side="right"))
+    starts = torch.tensor([example.start for example in examples], device=model.device)
+    first = min(example.start for example in examples)
+    columns = torch.arange(first, ids.shape[1], device=model.device)
+    response_mask = mask[:, first:] & (columns >= starts[:, None])
+    options = {"with_entropy": True, "full_logits": full_logits}
+    return response_logprobs(model, ids, mask, len(columns), response_mask=response_mask, **options)
