@@ -87,19 +87,6 @@ HOST_DEVICE V all(double x) {  // x in every lane
 // ---------------------------------------------------------------------------------------------------------------------
 // Logits of 16 bits, to float and back. On the CPU these are ours, without branches or calls, so that loops over them become SIMD.
 
-// bits >= least ? a : b of numbers below 2^31. Of lanes by arithmetic, which the compiler splits over the registers there are; a
-// comparison of 64 bytes it takes apart lane by lane wherever no register is as wide.
-template <class U>
-HOST_DEVICE U at_least(U bits, uint32_t least, U a, U b) {
-#if !defined(RLHF_DEVICE_CODE)
-  if constexpr (!std::is_integral_v<U>) {
-    const U mask = (U)((Lanes<int32_t>)(least - 1 - bits) >> 31);
-    return b ^ ((a ^ b) & mask);
-  } else
-#endif
-    return bits >= least ? a : b;
-}
-
 template <class T, class F, class U>
 HOST_DEVICE F from_bits16(U bits) {  // exact
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -109,8 +96,8 @@ HOST_DEVICE F from_bits16(U bits) {  // exact
     const U magnitude = (bits & 0x7fffu) << 13, moved = magnitude + kBias;
     // A subnormal half m 2^-24 goes by way of 2^-14 + m 2^-24: a float subnormal would slow the processor down.
     const U subnormal = bit_cast<U>(bit_cast<F>(moved + (1u << 23)) - 6.103515625e-5f);
-    const U normal = at_least<U>(magnitude, 31u << 23, moved + kBias, moved);  // inf and NaN move twice
-    return bit_cast<F>(at_least<U>(magnitude, 1u << 23, normal, subnormal) | ((bits & 0x8000u) << 16));
+    const U normal = magnitude >= (31u << 23) ? moved + kBias : moved;  // inf and NaN move twice
+    return bit_cast<F>((magnitude < (1u << 23) ? subnormal : normal) | ((bits & 0x8000u) << 16));
   }
 }
 
@@ -120,14 +107,14 @@ HOST_DEVICE U to_bits16(F value) {  // to nearest, ties to even
   const U zero{};
   if constexpr (std::is_same_v<T, BFloat16>) {
     const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return at_least<U>(magnitude, 0x7f800001u, zero + 0x7fc0u, rounded);
+    return magnitude > 0x7f800000u ? zero + 0x7fc0u : rounded;
   } else {
     const U normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
     // Adding 1/2 leaves a subnormal half in the low bits.
     const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
-    U rounded = at_least<U>(magnitude, 113u << 23, normal, subnormal);
-    rounded = at_least<U>(magnitude, 0x477ff000u, zero + 0x7c00u, rounded);  // 65520 and more
-    rounded = at_least<U>(magnitude, 0x7f800001u, zero + 0x7e00u, rounded);
+    U rounded = magnitude < (113u << 23) ? subnormal : normal;
+    rounded = magnitude >= 0x477ff000u ? zero + 0x7c00u : rounded;  // 65520 and more
+    rounded = magnitude > 0x7f800000u ? zero + 0x7e00u : rounded;
     return rounded | ((bits >> 16) & 0x8000u);
   }
 }
