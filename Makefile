@@ -12,6 +12,8 @@
 #                  NEMO_RL=CHECKOUT adds NeMo-RL
 #   make gpu       on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks; nine minutes
 #   make machine-code   registers, spills, occupancy and 16-byte loads of every CUDA kernel and architecture; needs nvcc, no GPU
+#   make wheel     wheels for every CPython from 3.10 to 3.14 that is found, and a source archive, in dist/; needs no CUDA toolkit
+#   make matrix    these wheels in fresh environments with torch 2.10, 2.13 and the newest: one table; gigabytes of downloads
 #   make lint      ruff
 
 PYTHON ?= python3
@@ -24,7 +26,7 @@ CASES ?= 2000
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test emulate fuzz soak bench hacking peers parity gpu machine-code lint clean install
+.PHONY: demo test emulate fuzz soak bench hacking peers parity gpu machine-code wheel matrix lint clean install
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -89,6 +91,12 @@ gpu: install
 
 machine-code: install
 	$(PY) -m bench.machine_code
+
+wheel:
+	$(PYTHON) -m release.wheel
+
+matrix:
+	$(PYTHON) -m release.matrix
 
 lint: install
 	$(VENV)/bin/ruff check .

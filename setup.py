@@ -3,8 +3,10 @@
 RLHF_FAST_CUDA=0|1     leave CUDA out, or insist on it
 TORCH_CUDA_ARCH_LIST   GPU architectures, e.g. "9.0" or "8.0 9.0+PTX"
 MAX_JOBS               compiler processes at a time
+RLHF_FAST_OBJECTS      a folder that keeps the compiled kernels: they are the same for every Python, and are compiled once
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -26,8 +28,12 @@ except ImportError as error:
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+OBJECTS = Path(os.environ["RLHF_FAST_OBJECTS"]).resolve() if os.environ.get("RLHF_FAST_OBJECTS") else None
+OUR_FOLDERS = [ROOT, Path(torch.__file__).parents[1]]  # not named in messages
 OLDEST_TORCH = (2, 10)
-ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+# The machine code of a major version's first GPU runs on all of it. That of 8.9 would be that of 8.6 bit for bit, and both are
+# 8.0's but for the order of instructions and at most 3 registers: not worth half a megabyte of the wheel each.
+ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 COMMON_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -40,13 +46,16 @@ CUDA_FLAGS = [
     "--compress-mode=size",
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fvisibility=hidden",
-    f"-Xcompiler=-fmacro-prefix-map={ROOT}/=",
+    *(f"-Xcompiler=-fmacro-prefix-map={folder}/=" for folder in OUR_FOLDERS),
 ]
 
 
 def find_nvcc():
-    path = os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")])
-    return shutil.which("nvcc", path=path)
+    """In CUDA_HOME, on the PATH, or as the package nvidia-cuda-nvcc, which brings no CUDA_HOME."""
+    package = importlib.util.find_spec("nvidia")
+    packaged = [f"{folder}/cu13/bin" for folder in package.submodule_search_locations] if package else []
+    folders = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", ""), *packaged]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def first_line(command, pattern):
@@ -123,7 +132,7 @@ def extension():
     if wanted == "1" and nvcc is None:
         sys.exit("RLHF_FAST_CUDA=1 but nvcc was not found: set CUDA_HOME, or RLHF_FAST_CUDA=0 for a build without CUDA")
 
-    sources = ["csrc/ops_cpu.cpp", "csrc/module.cpp"]
+    sources = ["csrc/module.cpp", "csrc/ops_cpu.cpp"]
     cuda = {"architectures": [], "link": [], "include": [], "library": []}
     flags = {
         "cxx": [
@@ -134,7 +143,7 @@ def extension():
             "-fopenmp-simd",  # SIMD pragmas without the OpenMP runtime: threads are torch's own
             "-fno-math-errno",
             "-fno-trapping-math",  # never -ffast-math: inf and NaN have meanings here
-            f"-fmacro-prefix-map={ROOT}/=",
+            *(f"-fmacro-prefix-map={folder}/=" for folder in OUR_FOLDERS),
         ]
     }
     if wanted == "1":
@@ -147,12 +156,22 @@ def extension():
         first_line([nvcc, "--version"], r"release ([\d.]+)") if wanted == "1" else None,
         cuda["architectures"],
     )
+    compiled = [OBJECTS / f"{Path(source).stem}.o" for source in sources[1:]] if OBJECTS else []
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").iterdir())
+    if compiled and all(path.exists() and path.stat().st_mtime > newest for path in compiled):
+        sources = sources[:1]
+    else:
+        compiled = []
     return cpp_extension.CppExtension(
         "rlhf_fast._C",
         sources,
+        extra_objects=[str(path) for path in compiled],
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))],
         include_dirs=[pybind11.get_include(), str(generated), *cuda["include"]],
         library_dirs=cuda["library"],
+        # First, since torch's libraries export parts of the libstdc++ they were built with: taken from there, these symbols
+        # have no version, and the loader and auditwheel cannot tell a system that is too old.
+        libraries=["stdc++"],
         extra_compile_args=flags,
         # libtorch.so must be among the needed libraries: otherwise the weak CUDA stream symbol stays unbound in CUDA builds
         # of torch.
@@ -160,5 +179,14 @@ def extension():
     )
 
 
+class Build(cpp_extension.BuildExtension):
+    def build_extension(self, ext):
+        super().build_extension(ext)
+        if OBJECTS and not ext.extra_objects:
+            OBJECTS.mkdir(parents=True, exist_ok=True)
+            for path in Path(self.build_temp).rglob("ops_*.o"):
+                shutil.copy2(path, OBJECTS)
+
+
 if __name__ == "__main__":  # bench/machine_code.py imports the flags
-    setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+    setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

@@ -1,17 +1,26 @@
 """How a row of the benchmark is made: one case, ours beside its peers, the same inputs, correctness before timing.
 
 Inputs rotate, so that no cache flatters, and are never zeros. Times are pytest-benchmark's; `bench/report.py` turns them into
-ratios within one run, which is all that a shared machine can tell.
+ratios within one run, which is all that a shared machine can tell. On one CPU thread the time is the process's own: other work on
+the machine then counts only where it takes the memory's bandwidth.
 """
 
+import functools
 import itertools
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from bench.contenders import forget_peak, memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROTATE_BYTES = 64 << 20
+CLOCK = time.process_time if DEVICE == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+COPIED_BYTES = 1 << 30 if DEVICE == "cuda" else 256 << 20  # beyond every cache
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,40 @@ class Case:
 def rows(cases: list[Case]):
     """Parametrize a benchmark function over every contender of every case."""
     params = [pytest.param(case, who, id=f"{case.id}-{who}") for case in cases for who in case.contenders]
-    return pytest.mark.parametrize(("case", "who"), params)
+    by_case = pytest.mark.parametrize(("case", "who"), params)
+    return lambda function: pytest.mark.benchmark(timer=CLOCK)(by_case(function))
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of the median of 20 plain copies: the roof under which a row stands."""
+    source = torch.randint(0, 255, (COPIED_BYTES,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(23):
+        synchronize()
+        start = CLOCK()
+        target.copy_(source)
+        synchronize()
+        times.append(CLOCK() - start)
+    return 2 * COPIED_BYTES / statistics.median(times[3:])
+
+
+def peak_of(call: Callable[[], None]) -> int:
+    """Bytes that the memory in use rises while it runs. On the CPU what the allocator kept from before is not seen."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before = forget_peak()
+    call()
+    return max(memory("VmHWM") - before, 0)
 
 
 def flat(result) -> list[torch.Tensor]:
@@ -49,8 +86,13 @@ def flat(result) -> list[torch.Tensor]:
 
 def run(benchmark, case: Case, who: str) -> None:
     function = case.contenders[who]
-    generator = torch.Generator().manual_seed(0)
-    first = case.inputs(generator)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def inputs() -> tuple:
+        with torch.device(DEVICE):  # gigabytes of logits are drawn where they are wanted
+            return case.inputs(generator)
+
+    first = inputs()
     ours = next(iter(case.contenders.values()))
 
     def copies():  # a contender may write over its inputs
@@ -59,12 +101,9 @@ def run(benchmark, case: Case, who: str) -> None:
     for a, b in zip(flat(function(*copies())), flat(ours(*copies())), strict=False):
         torch.testing.assert_close(a.float(), b.float(), rtol=case.tolerance, atol=case.tolerance)
     size = sum(t.numel() * t.element_size() for t in first if isinstance(t, torch.Tensor))
-    sets = [first, *(case.inputs(generator) for _ in range(min(15, ROTATE_BYTES // max(size, 1))))]
+    sets = [first, *(inputs() for _ in range(min(15, ROTATE_BYTES // max(size, 1))))]
     turn = itertools.cycle(sets)
     benchmark.group = case.id
-    benchmark.extra_info.update(
-        case=case.name, size=case.size, who=who, bytes=case.bytes_moved, threads=torch.get_num_threads()
-    )
 
     def call():
         function(*next(turn))
@@ -72,6 +111,16 @@ def run(benchmark, case: Case, who: str) -> None:
 
     for _ in range(3):
         call()
+    benchmark.extra_info.update(
+        case=case.name,
+        size=case.size,
+        who=who,
+        bytes=case.bytes_moved,
+        threads=torch.get_num_threads(),
+        copy=copy_bandwidth(),
+        peak=peak_of(call),
+        inputs=size,
+    )
     benchmark(call)
 
 

@@ -1,19 +1,17 @@
 """What only a machine with an NVIDIA GPU can say, in one command of at most nine minutes: python -m bench.gpu [--minutes 9]
 
 Builds for the GPU that is there, runs every CUDA test, then the benchmarks, then a few tests under compute-sanitizer where it is
-installed (memcheck, racecheck, initcheck, synccheck). The share column sets the bytes that must move, at our median, against
-what a plain copy of 1 GiB reaches in the same run; times include the launch and a synchronisation.
+installed (memcheck, racecheck, initcheck, synccheck). Times include the launch and a synchronisation; what the columns and plots
+mean, bench/report.py says.
 
-Writes bench/results/gpu-<name>.json and .md. A step that fails is in both and makes the exit status 1; a step for which no time
-is left is in both too.
+Writes result.json, table.md and the plots to bench/results/gpu-<name>/. A step that fails is in both and makes the exit status 1;
+a step for which no time is left is in both too.
 """
 
 import argparse
 import json
 import os
 import re
-import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -21,8 +19,11 @@ from pathlib import Path
 
 import torch
 
+from bench import machine_code
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+BENCHMARKS, SANITIZERS = 150, 100  # seconds kept for them while what comes before runs
 SANITIZED = "cuda and (alignment or paper or replaces or packed or whiten)"
 
 
@@ -64,21 +65,6 @@ class Steps:
         return outcome == "passed"
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of the median of 20 copies of 1 GiB."""
-    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(23):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return 2 * source.numel() / statistics.median(times[3:])
-
-
 def first_line(command: list[str]) -> str:
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -96,26 +82,12 @@ def machine() -> dict[str, str]:
     }
 
 
-def render(result: dict) -> str:
-    copied = result["copy_bytes_per_second"]
-    lines = [
-        ", ".join(f"{key} {value}" for key, value in result["machine"].items()),
-        f"copy {copied / 1e9:.0f} GB/s",
-        "",
-    ]
-    lines += ["| step | outcome | seconds | |", "| --- | --- | --- | --- |"]
+def render(result: dict, table: str) -> str:
+    lines = [", ".join(f"{key} {value}" for key, value in result["system"].items())]
+    lines += [f"copy {result['copy_bytes_per_second'] / 1e9:.0f} GB/s"] if result["rows"] else []
+    lines += ["", "| step | outcome | seconds | |", "| --- | --- | --- | --- |"]
     lines += [f"| {s['step']} | {s['outcome']} | {s['seconds']:.0f} | {s['last_line']} |" for s in result["steps"]]
-    lines += [
-        "",
-        "| case | size | ours, us | of copy | peer | ratio | spread |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {r['case']} | {r['size']} | {r['ours_us']:.1f} | {r['gb_s'] * 1e9 / copied:.0%} | {r['peer']} "
-        f"| {r['ratio']:.1f}x | {r['low']:.1f}-{r['high']:.1f} |"
-        for r in result["rows"]
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", table]) + "\n"
 
 
 def main() -> int:
@@ -127,41 +99,43 @@ def main() -> int:
     major, minor = torch.cuda.get_device_capability()
     env = {**os.environ, "RLHF_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     steps, python = Steps(options.minutes * 60, env), sys.executable
-    found, measured = RESULTS / "last.json", 150  # seconds for the benchmarks
+    found = RESULTS / "last.json"
     found.unlink(missing_ok=True)
     if steps.run("build", [python, "setup.py", "-q", "build_ext", "--inplace"]):
         tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
-        steps.run("tests", [python, "-m", "pytest", "-q", *tests, "-k", "cuda"], keep=measured)
-        bench = [
-            python,
-            "-m",
-            "pytest",
-            "bench",
-            "-c",
-            "bench/pytest.ini",
-            f"--benchmark-json={found}",
-            "--benchmark-quiet",
-        ]
-        steps.run("benchmarks", bench)
+        steps.run("tests", [python, "-m", "pytest", "-q", *tests, "-k", "cuda"], keep=BENCHMARKS + SANITIZERS)
+        bench = [python, "-m", "pytest", "bench", "-c", "bench/pytest.ini", "--benchmark-quiet"]
+        bench += ["--benchmark-max-time=0.2"]  # seconds a row: what a GPU needs is settled soon
+        steps.run("benchmarks", [*bench, f"--benchmark-json={found}"], keep=SANITIZERS)
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            if sanitizer := shutil.which("compute-sanitizer"):
+            if sanitizer := machine_code.find_tool("compute-sanitizer"):
                 command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "pytest", "-q"]
                 steps.run(tool, [*command, "tests/test_logprob.py", "tests/test_gae.py", "-k", SANITIZED])
             else:
                 steps.done.append(
                     {"step": tool, "outcome": "compute-sanitizer not found", "seconds": 0, "last_line": ""}
                 )
-    rows = []
-    if found.exists() and found.stat().st_size:
-        from bench.report import ratios  # imports the library that the first step built
+    return record(steps.done, found)
 
-        rows = ratios(json.loads(found.read_text())["benchmarks"])
-    result = {"machine": machine(), "copy_bytes_per_second": copy_bandwidth(), "steps": steps.done, "rows": rows}
-    target = RESULTS / f"gpu-{re.sub('[^a-z0-9]+', '-', result['machine']['gpu'].lower()).strip('-')}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(render(result))
-    print(f"\n{render(result)}\nwritten: {target.relative_to(ROOT)}, {target.with_suffix('.md').name}")
-    return 0 if rows and all(s["outcome"] in ("passed", "compute-sanitizer not found") for s in steps.done) else 1
+
+def record(steps: list[dict], found: Path) -> int:
+    """Writes the folder; 0 where every step passed."""
+    from bench import report  # imports the library that the first step built
+
+    system = machine()
+    result = {"machine": system["gpu"], "system": system, "steps": steps, "rows": []}
+    if found.exists() and found.stat().st_size:
+        benchmarks = json.loads(found.read_text())["benchmarks"]
+        result["rows"] = report.ratios(benchmarks)
+        result["copy_bytes_per_second"] = benchmarks[0]["extra_info"]["copy"]
+    folder = RESULTS / f"gpu-{re.sub('[^a-z0-9]+', '-', system['gpu'].lower()).strip('-')}"
+    drawn = report.write(report.of_logprobs(result["rows"], system["gpu"]), folder)
+    text = render(result, report.render(result["rows"]))
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "table.md").write_text(text)
+    names = ["result.json", "table.md", *(path.name for path in drawn)]
+    print(f"\n{text}\nwritten to {folder.relative_to(ROOT)}: {', '.join(names)}")
+    return 0 if result["rows"] and all(s["outcome"] in ("passed", "compute-sanitizer not found") for s in steps) else 1
 
 
 if __name__ == "__main__":

@@ -313,18 +313,20 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// Launches on the current stream of `on`'s device.
+// Launches on the current stream of `on`'s device. The stream comes first: without CUDA in torch, only asking for it says so.
 template <class Kernel, class... Args>
 void launch(const Tensor& on, Kernel kernel, int64_t blocks, int threads, Args... args) {
   if (blocks == 0) return;
+  auto* const stream = static_cast<cudaStream_t>(current_stream(on));
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-  kernel<<<dim3(grid_size(blocks)), dim3(threads), 0, static_cast<cudaStream_t>(current_stream(on))>>>(args...);
+  kernel<<<dim3(grid_size(blocks)), dim3(threads), 0, stream>>>(args...);
   check_launch(cudaGetLastError());
 }
 
 template <class... Parameters, class... Args>
 void launch(const Tensor& on, void (*kernel)(Parameters...), const ClusterGrid& grid, Args... args) {
   if (grid.blocks == 0) return;
+  auto* const stream = static_cast<cudaStream_t>(current_stream(on));
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
   cudaLaunchAttribute cluster{};
@@ -334,7 +336,7 @@ void launch(const Tensor& on, void (*kernel)(Parameters...), const ClusterGrid& 
   config.gridDim = dim3(grid_size(grid.blocks));
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(current_stream(on));
+  config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = grid.cluster > 1;
   check_launch(cudaLaunchKernelEx(&config, kernel, Parameters(args)...));

@@ -466,15 +466,17 @@ CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumula
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
     SoftmaxSums block{std::numeric_limits<double>::infinity(), 0, 0};
-    if (reference > kMinusInfinity) block = block_sums<kCapped, kEntropy>(x + start, n, map, static_cast<A>(reference));
-    if (!((block.max - reference) * slope <= kHeadroom)) {
-      reference = capped<kCapped>(block_max(x + start, n), map);
-      if (reference == kMinusInfinity) {  // a row of -inf so far, or NaN, which a maximum does not see
-        for (int64_t j = 0; j < n; ++j)
-          if (x[start + j] != x[start + j]) total.sum = std::numeric_limits<double>::quiet_NaN();
-        continue;
-      }
+    bool empty = false;
+    for (bool again = !(reference > kMinusInfinity);; again = true) {  // block_sums stands in the code once: it is long
+      if (again) reference = capped<kCapped>(block_max(x + start, n), map);
+      if ((empty = reference == kMinusInfinity)) break;
       block = block_sums<kCapped, kEntropy>(x + start, n, map, static_cast<A>(reference));
+      if (again || (block.max - reference) * slope <= kHeadroom) break;
+    }
+    if (empty) {  // a row of -inf so far, or NaN, which a maximum does not see
+      for (int64_t j = 0; j < n; ++j)
+        if (x[start + j] != x[start + j]) total.sum = std::numeric_limits<double>::quiet_NaN();
+      continue;
     }
     const double top = block.max;
     block.max = reference;

@@ -82,7 +82,9 @@ register(
     "group_advantages",
     lambda rewards, group_size, scale, *options: (
         rewards.new_empty(rewards.shape),
-        rewards.new_empty((rewards.shape[0] // group_size + (scale == SCALES["batch"]), 3), dtype=torch.float64),
+        rewards.new_empty(
+            (rewards.shape[0] // group_size + (1 if scale == SCALES["batch"] else 0), 3), dtype=torch.float64
+        ),  # torch 2.10 cannot add a symbolic truth
     ),
     setup_context=_setup_context,
     backward=_formula,
