@@ -429,8 +429,8 @@ def draw_group_advantages(rng: random.Random) -> Call:
 OPS = {
     "gather_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_gather_logprobs),
     # Their logits are sums of products in float32, off by some epsilons of their own size: 20 or so.
-    "linear_logprobs": Op(rlhf_fast.linear_logprobs, linear_logprobs_reference, draw_linear_logprobs, 16.0, 240.0),
-    "linear_ppo_loss": Op(rlhf_fast.linear_ppo_loss, linear_ppo_loss_reference, draw_linear_ppo_loss, 16.0, 240.0),
+    "linear_logprobs": Op(rlhf_fast.linear_logprobs, linear_logprobs_reference, draw_linear_logprobs, 24.0, 240.0),
+    "linear_ppo_loss": Op(rlhf_fast.linear_ppo_loss, linear_ppo_loss_reference, draw_linear_ppo_loss, 24.0, 240.0),
     "kept_logprobs": Op(rlhf_fast.gather_logprobs, gather_logprobs_reference, draw_kept_logprobs),
     "kl_penalty": Op(rlhf_fast.kl_penalty, kl_penalty_reference, draw_kl_penalty, units=0.5),
     "shape_rewards": Op(rlhf_fast.shape_rewards, shape_rewards_reference, draw_shape_rewards, units=0.5),
