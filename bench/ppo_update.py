@@ -115,7 +115,7 @@ def ours(directory: Path, s: dict) -> tuple[contenders.Laps, list[dict]]:
     queries, updates = prompts(s), s["warm_up"] + s["updates"]
     laps, logs = contenders.Laps(), []
     laps.start()
-    for update, rows in enumerate(ppo.prompt_batches(len(queries), s["batch"], updates, order), 1):
+    for update, rows in enumerate(ppo.prompt_batches(len(queries), s["batch"], updates, order, []), 1):
         rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
         chosen = [queries[row] for row in rows]
         texts = [" ".join(models.tokenizer.convert_ids_to_tokens(ids)) for ids in chosen]
