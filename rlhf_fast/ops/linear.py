@@ -185,9 +185,14 @@ def chunk_of(op: str, chunk_tokens: int | None) -> int:
     return int(chunk_tokens)
 
 
+def autocasts(device: str) -> bool:
+    """torch.amp.is_autocast_available is not asked: torch 2.10 cannot compile it, and the kernels know no other device."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
@@ -196,7 +201,7 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 def autocast_off(t: Tensor):
     """For products between tensors that have been cast already; not entered where there is nothing to turn off."""
     device = t.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocasts(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
