@@ -271,10 +271,12 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_finished(tmp_path, pairs):
     words = ["run", "--data", pairs, "--output_dir", str(out), "--hidden_size", "16", "--num_heads", "2"]
     words += ["--sft.num_train_epochs", "5000", "--sft.logging_steps", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_fast.cli", *words],
+        [*COMMAND, *words],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=OFFLINE,
+        # What a shell starts in the background ignores Ctrl-C, and so would what it starts: these tests, and this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (out / "sft" / "log.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
