@@ -350,11 +350,15 @@ def choice(op: str, name: str, value: Any, choices: Mapping[str, Any]) -> Any:
     return choices[value]
 
 
+def need_real(op: str, name: str, value: Any) -> None:
+    if not need_tensor(op, name, value).is_floating_point():
+        raise TypeError(f"{op}: `{name}` must be floating point, got {value.dtype}")
+
+
 def as_reals(op: str, **tensors: Any) -> list[Tensor]:
     """The named tensors in one dtype: float64 if any is, float32 otherwise (bf16 and fp16 are widened, exactly)."""
     for name, value in tensors.items():
-        if not need_tensor(op, name, value).is_floating_point():
-            raise TypeError(f"{op}: `{name}` must be floating point, got {value.dtype}")
+        need_real(op, name, value)
     wide = any(t.dtype == torch.float64 for t in tensors.values())
     dtype = torch.float64 if wide else torch.float32
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors.values()]
@@ -377,8 +381,7 @@ def constants(op: str, name: str, value: Any, dtype: torch.dtype) -> Tensor:
 def real_constants(op: str, **tensors: Any) -> list[Tensor]:
     """The named floating-point tensors that no gradient flows to, in float64 (exactly)."""
     for name, value in tensors.items():
-        if not need_tensor(op, name, value).is_floating_point():
-            raise TypeError(f"{op}: `{name}` must be floating point, got {value.dtype}")
+        need_real(op, name, value)
     return [constants(op, name, value, torch.float64) for name, value in tensors.items()]
 
 

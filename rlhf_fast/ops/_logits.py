@@ -18,14 +18,15 @@ def options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_ind
     cap = 0.0 if softcap is None else number(op, "softcap", softcap, above=0.0, none=0.0)
     scale = number(op, "logit_scale", logit_scale, above=0.0)
     ignore_index = integer(op, "ignore_index", ignore_index)
-    taus, tau = None, 1.0
-    if isinstance(temperature, Tensor):
-        taus = constants(op, "temperature", temperature, accumulate_dtype(logits))
-        if taus.dim() == 0:
-            taus = taus.expand(labels.shape)
-    else:
-        tau = number(op, "temperature", temperature, above=0.0)
-    return taus, tau, cap, scale, ignore_index
+    return *temperature_of(op, logits, labels.shape, temperature), cap, scale, ignore_index
+
+
+def temperature_of(op, logits, shape, temperature):
+    """(temperatures, 1) where it is a tensor, one of the `shape` of the rows if it has no dimensions; else (None, number)."""
+    if not isinstance(temperature, Tensor):
+        return None, number(op, "temperature", temperature, above=0.0)
+    taus = constants(op, "temperature", temperature, accumulate_dtype(logits))
+    return taus.expand(shape) if taus.dim() == 0 else taus, 1.0
 
 
 def fake_outputs(logits, labels, with_entropy):

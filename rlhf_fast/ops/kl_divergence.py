@@ -5,11 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops import _logits
 from rlhf_fast.ops._common import (
     Kernel,
-    constants,
     need_tensor,
-    number,
     optional_mask,
     register,
     weights_reference,
@@ -61,15 +60,7 @@ def kl_divergence(
     if ref_logits.dtype != logits.dtype and logits.is_floating_point() and ref_logits.is_floating_point():
         logits, ref_logits = _readable_together(logits, ref_logits)
     shape = logits.shape[:-1]
-    taus, tau = None, 1.0
-    if isinstance(temperature, Tensor):
-        taus = constants(
-            op, "temperature", temperature, torch.float64 if logits.dtype == torch.float64 else torch.float32
-        )
-        if taus.dim() == 0:
-            taus = taus.expand(shape)
-    else:
-        tau = number(op, "temperature", temperature, above=0.0)
+    taus, tau = _logits.temperature_of(op, logits, shape, temperature)
     if logits.dim() <= 3:
         return _forward(logits, ref_logits, taus, mask, tau)[0]
 
@@ -114,7 +105,7 @@ def _readable_together(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tens
 
 
 def _fake(logits, ref_logits, *rest):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = _logits.accumulate_dtype(logits)
     rows = logits.shape[:-1]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((rows.numel(), 4), dtype=dtype)
 

@@ -8,18 +8,14 @@ from torch import Tensor
 from rlhf_fast.ops import _logits
 from rlhf_fast.ops._common import (
     Kernel,
-    choice,
     define,
     needs_gradient,
-    normalizer_of,
-    number,
     optional_mask,
     optional_offsets,
     real_constants,
     register,
 )
 from rlhf_fast.ops._slices import SliceKernels
-from rlhf_fast.ops.kl import ESTIMATORS
 from rlhf_fast.ops.linear import (
     WORKSPACE,
     Tiles,
@@ -37,8 +33,16 @@ from rlhf_fast.ops.linear import (
     spread,
     waits,
 )
-from rlhf_fast.ops.ppo_loss import LOSS_TYPES, one_a_row, policy_options
-from rlhf_fast.ops.ppo_loss_from_logits import AUTO_PLAN, STATS, ppo_loss_from_logits_reference, scale_once, scaled
+from rlhf_fast.ops.ppo_loss import LOSS_TYPES, one_a_row
+from rlhf_fast.ops.ppo_loss_from_logits import (
+    AUTO_PLAN,
+    STATS,
+    objective_options,
+    ppo_loss_from_logits_reference,
+    scale_once,
+    scaled,
+    with_stats,
+)
 
 _op = "linear_ppo_loss"
 _loss = Kernel(_op)
@@ -124,26 +128,19 @@ def linear_ppo_loss(
         need_twin(op, "ref_logprobs", ref_logprobs, labels)
     taus, *numbers = _logits.options_of(op, hidden, labels, temperature, softcap, logit_scale, ignore_index)
     need_twin(op, "temperature", taus, labels)
-    policy = policy_options(
-        op, clip_low, clip_high, dual_clip, log_ratio_clip, importance_sampling_level, loss_type, aggregate
-    )
-    entropy_coef = number(op, "entropy_coef", entropy_coef)
-    kl_coef = number(op, "kl_coef", kl_coef, low=0.0)
-    estimator = choice(op, "kl_estimator", kl_estimator, ESTIMATORS)
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"{op}: `ref_logprobs` must be given where `kl_coef` is not 0, got None and {kl_coef}")
+    policy = clip_low, clip_high, dual_clip, log_ratio_clip, importance_sampling_level, loss_type, aggregate
+    count, objective = objective_options(op, policy, normalizer, entropy_coef, ref_logprobs, kl_coef, kl_estimator)
     advantages = one_a_row(advantages, labels, cu_seqlens)
-    count, count_value = normalizer_of(op, normalizer)
     chunk = chunk_of(op, chunk_tokens)
 
     tensors = (hidden, weight, bias, labels, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, taus, count)
-    options = (*numbers, *policy, count_value, entropy_coef, kl_coef, *estimator)
+    options = (*numbers, *objective, chunk)
     if importance_sampling_level == "sequence":
-        loss, stats, logprobs, entropies = _composed(*tensors, *options, chunk)
+        outputs = _composed(*tensors, *options)
     else:
         needs = (needs_gradient(hidden), needs_gradient(weight), bias is not None and needs_gradient(bias))
-        loss, stats, logprobs, entropies, *_ = _loss(*tensors, *options, chunk, *needs)
-    return loss, dict(zip(STATS, stats.unbind(), strict=True)) | {"logprobs": logprobs, "entropies": entropies}
+        outputs = _loss(*tensors, *options, *needs)
+    return with_stats(*outputs[:4])
 
 
 def linear_ppo_loss_reference(

@@ -105,22 +105,15 @@ def ppo_loss_from_logits(
     op = "ppo_loss_from_logits"
     need_tensor(op, "logits", logits)
     need_tensor(op, "labels", labels)
+    flag(op, "inplace", inplace)
     old_logprobs, advantages = real_constants(op, old_logprobs=old_logprobs, advantages=advantages)
     mask, cu_seqlens = optional_mask(op, mask), optional_offsets(op, cu_seqlens)
     if ref_logprobs is not None:
         (ref_logprobs,) = real_constants(op, ref_logprobs=ref_logprobs)
     taus, *logit_options = _logits.options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index)
-    policy = policy_options(
-        op, clip_low, clip_high, dual_clip, log_ratio_clip, importance_sampling_level, loss_type, aggregate
-    )
-    entropy_coef = number(op, "entropy_coef", entropy_coef)
-    kl_coef = number(op, "kl_coef", kl_coef, low=0.0)
-    estimator = choice(op, "kl_estimator", kl_estimator, ESTIMATORS)
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"{op}: `ref_logprobs` must be given where `kl_coef` is not 0, got None and {kl_coef}")
-    flag(op, "inplace", inplace)
+    policy = clip_low, clip_high, dual_clip, log_ratio_clip, importance_sampling_level, loss_type, aggregate
+    count, objective = objective_options(op, policy, normalizer, entropy_coef, ref_logprobs, kl_coef, kl_estimator)
     advantages = one_a_row(advantages, labels, cu_seqlens)
-    count, count_value = normalizer_of(op, normalizer)
 
     need = needs_gradient(logits)
     inplace = inplace and need and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
@@ -129,11 +122,25 @@ def ppo_loss_from_logits(
             f"{op}: `inplace` needs logits that an op made; these are a leaf that requires grad, which may not be overwritten"
         )
     tensors = (logits, labels, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, taus, count)
-    options = (*logit_options, *policy, count_value, entropy_coef, kl_coef, *estimator)
-    if inplace:
-        loss, stats, logprobs, entropies = _InPlace.apply(*tensors, *options, AUTO_PLAN)
-    else:
-        loss, stats, logprobs, entropies, _ = _loss(*tensors, *options, need, AUTO_PLAN)
+    arguments = (*tensors, *logit_options, *objective)
+    outputs = _InPlace.apply(*arguments, AUTO_PLAN) if inplace else _loss(*arguments, need, AUTO_PLAN)
+    return with_stats(*outputs[:4])
+
+
+def objective_options(op, policy, normalizer, entropy_coef, ref_logprobs, kl_coef, kl_estimator):
+    """The normalizer as a tensor or None, and what the kernels take of the other options, in their order; checked."""
+    checked = policy_options(op, *policy)
+    entropy_coef = number(op, "entropy_coef", entropy_coef)
+    kl_coef = number(op, "kl_coef", kl_coef, low=0.0)
+    estimator = choice(op, "kl_estimator", kl_estimator, ESTIMATORS)
+    if kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"{op}: `ref_logprobs` must be given where `kl_coef` is not 0, got None and {kl_coef}")
+    count, count_value = normalizer_of(op, normalizer)
+    return count, (*checked, count_value, entropy_coef, kl_coef, *estimator)
+
+
+def with_stats(loss: Tensor, stats: Tensor, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the kernels return, as the public functions return it."""
     return loss, dict(zip(STATS, stats.unbind(), strict=True)) | {"logprobs": logprobs, "entropies": entropies}
 
 
