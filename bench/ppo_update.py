@@ -128,21 +128,9 @@ def ours(directory: Path, s: dict) -> tuple[contenders.Laps, list[dict]]:
     return laps, logs
 
 
-def trl(directory: Path, s: dict) -> tuple[contenders.Laps, list[dict]]:
-    import torch
-    from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        TrainerCallback,
-    )
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    torch.set_num_threads(s["threads"])
-    torch.manual_seed(0)
-    laps = contenders.Laps()
+def clock(laps: contenders.Laps):
+    """A callback of a trainer of TRL's that takes a lap for each of its steps."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
@@ -151,6 +139,23 @@ def trl(directory: Path, s: dict) -> tuple[contenders.Laps, list[dict]]:
         def on_step_end(self, *args, **kwargs):
             laps.lap()
 
+    return Clock()
+
+
+def trl(directory: Path, s: dict) -> tuple[contenders.Laps, list[dict]]:
+    import torch
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    torch.set_num_threads(s["threads"])
+    torch.manual_seed(0)
+    laps = contenders.Laps()
     tokenizer = AutoTokenizer.from_pretrained(directory / "policy", padding_side="left")
     take_away_ends(tokenizer)
     policy, reference = (AutoModelForCausalLM.from_pretrained(directory / "policy") for _ in range(2))
@@ -188,7 +193,7 @@ def trl(directory: Path, s: dict) -> tuple[contenders.Laps, list[dict]]:
         value_model=value,
         data_collator=DataCollatorWithPadding(tokenizer),
         eval_dataset=rows.select(range(s["batch"])),
-        callbacks=[Clock()],
+        callbacks=[clock(laps)],
     )
     trainer.train()
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {steps(s)}

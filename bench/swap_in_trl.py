@@ -36,20 +36,12 @@ SIZES = [  # and one update for warm-up
 def grpo(directory: Path, s: dict) -> tuple[contenders.Laps, list[dict]]:
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(s["threads"])
     torch.manual_seed(0)
     laps = contenders.Laps()
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            laps.start()
-
-        def on_step_end(self, *args, **kwargs):
-            laps.lap()
-
     tokenizer = AutoTokenizer.from_pretrained(directory / "policy", padding_side="left")
     config = GRPOConfig(
         output_dir=str(directory / "out"),
@@ -73,7 +65,7 @@ def grpo(directory: Path, s: dict) -> tuple[contenders.Laps, list[dict]]:
         args=config,
         train_dataset=Dataset.from_dict({"prompt": tokenizer.batch_decode(ppo_update.prompts(s))}),
         processing_class=tokenizer,
-        callbacks=[Clock()],
+        callbacks=[ppo_update.clock(laps)],
     )
     trainer.train()
     return laps, [line for line in trainer.state.log_history if "entropy" in line]

@@ -57,6 +57,27 @@ GRADIENT_NORM = (
     "steady growth announces divergence."
 )
 
+# Of every stage that takes its steps on a file.
+OF_STEPS = (
+    Curve("Gradient norm", "L2 norm", GRADIENT_NORM, (Line("grad_norm", "each step"),), include=(0,), detail=True),
+    Curve(
+        "Learning rate",
+        "per step",
+        LEARNING_RATE,
+        (Line("learning_rate", "each step", "line"),),
+        include=(0,),
+        detail=True,
+    ),
+)
+SPEED = Curve(
+    "Speed",
+    "tokens per second",
+    "Training tokens per second of wall time; dips are other work on the machine.",
+    (Line("tokens_per_second", "each step"),),
+    include=(0,),
+    detail=True,
+)
+
 CURVES: dict[str, tuple[Curve, ...]] = {
     "sft": (
         Curve(
@@ -74,23 +95,8 @@ CURVES: dict[str, tuple[Curve, ...]] = {
             (Line("entropy", "training"),),
             include=(0,),
         ),
-        Curve("Gradient norm", "L2 norm", GRADIENT_NORM, (Line("grad_norm", "each step"),), include=(0,), detail=True),
-        Curve(
-            "Learning rate",
-            "per step",
-            LEARNING_RATE,
-            (Line("learning_rate", "each step", "line"),),
-            include=(0,),
-            detail=True,
-        ),
-        Curve(
-            "Speed",
-            "tokens per second",
-            "Training tokens per second of wall time; dips are other work on the machine.",
-            (Line("tokens_per_second", "each step"),),
-            include=(0,),
-            detail=True,
-        ),
+        *OF_STEPS,
+        SPEED,
     ),
     "reward": (
         Curve(
@@ -128,15 +134,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
             "it is brought to mean 0 and standard deviation 1 on the SFT model's replies afterwards.",
             (Line("max_reward", "highest"), Line("mean_reward", "mean"), Line("min_reward", "lowest")),
         ),
-        Curve("Gradient norm", "L2 norm", GRADIENT_NORM, (Line("grad_norm", "each step"),), include=(0,), detail=True),
-        Curve(
-            "Learning rate",
-            "per step",
-            LEARNING_RATE,
-            (Line("learning_rate", "each step", "line"),),
-            include=(0,),
-            detail=True,
-        ),
+        *OF_STEPS,
     ),
     "dpo": (
         Curve(
@@ -188,23 +186,8 @@ CURVES: dict[str, tuple[Curve, ...]] = {
             include=(0,),
             detail=True,
         ),
-        Curve("Gradient norm", "L2 norm", GRADIENT_NORM, (Line("grad_norm", "each step"),), include=(0,), detail=True),
-        Curve(
-            "Learning rate",
-            "per step",
-            LEARNING_RATE,
-            (Line("learning_rate", "each step", "line"),),
-            include=(0,),
-            detail=True,
-        ),
-        Curve(
-            "Speed",
-            "tokens per second",
-            "Training tokens per second of wall time; dips are other work on the machine.",
-            (Line("tokens_per_second", "each step"),),
-            include=(0,),
-            detail=True,
-        ),
+        *OF_STEPS,
+        SPEED,
     ),
     "ppo": (
         Curve(
