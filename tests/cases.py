@@ -547,24 +547,22 @@ def variant(call: Call) -> str:
 def units_of(name: str, call: Call) -> float:
     """The allowed error of this call, in epsilons."""
     kind, units = variant(call), OPS[name].units
-    if (
-        kind == "whiten"
-    ):  # rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened
+    # Rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened.
+    if kind == "whiten":
         wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.kwargs.items()}
         advantages, _ = OPS[name].reference(*(v.double() for v in call.args), **wide | {"whiten": False})
         kept = advantages[call.kwargs["mask"] != 0] if call.kwargs.get("mask") is not None else advantages.flatten()
         return 4.0 + float(kept.abs().max() / (kept.std() + 1e-4)) if kept.numel() > 1 else 4.0
     if kind == "softcap":  # z = cap tanh(..) / temperature is itself a rounded number as large as this
         smallest = torch.cat([torch.as_tensor(call.kwargs.get("temperature", 1.0)).flatten(), torch.ones(1)]).min()
-        return units + call.kwargs["softcap"] / float(smallest) * (
-            3 if name == "ppo_loss_from_logits" else 1
-        )  # advantages
+        times = 3 if name == "ppo_loss_from_logits" else 1  # advantages
+        return units + times * call.kwargs["softcap"] / float(smallest)
     return units
 
 
-def gradient_units(name: str, call: Call) -> float:
-    """The same for gradients. Those of a KL divergence sum to 0 in a row: they share the error of the largest."""
-    units = units_of(name, call)
+def gradient_units(name: str, call: Call, units: float) -> float:
+    """The same for gradients, beside outputs off by `units`. Those of a KL divergence sum to 0 in a row: they share the error of
+    the largest."""
     if name != "kl_divergence":
         return units
     bound = dict(zip(("logits", "ref_logits"), call.args, strict=False)) | call.kwargs
@@ -583,6 +581,7 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
     wide = upstream and (lambda i, out: None if (g := upstream(i, out.to(kinds[i]))) is None else g.to("cpu").double())
     want = run(op.reference, call, places, lambda t: t.double() if t.is_floating_point() else t, wide)
     units = units_of(name, call)
+    by_gradient = gradient_units(name, call, units) + op.more_by_product
     largest = max(v.numel() for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))
     output_error = gradient_error = 0.0
     for i, (a, e) in enumerate(zip(got.outputs, want.outputs, strict=True)):
@@ -594,8 +593,7 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
         w = want.gradients.get(place)
         w = torch.zeros_like(leaf, dtype=torch.float64) if w is None else w
         # The gradient of a wide result may itself be rounded to a narrow input.
-        allowed = gradient_units(name, call) + op.more_by_product
-        allowed += 0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0
+        allowed = by_gradient + (0.51 if leaf.dtype in (torch.bfloat16, torch.float16) else 1.0)
         if leaf.numel() < largest:  # one value a row: torch adds its gradient up over the tokens, in float32
             allowed = max(allowed, 4.0)
         error = assert_close(f"{name} gradient of argument {place}", g, w, allowed)

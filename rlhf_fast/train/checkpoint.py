@@ -27,6 +27,7 @@ from rlhf_fast.train.model import quiet_transformers
 # One file per model: a reader never has to ask whether all the shards are there.
 ONE_SHARD = "1000GB"
 WEIGHTS = "model.safetensors"
+SUMMARY = "stage.json"  # a finished stage's
 LOCK = ".lock"
 PARTIAL = ".partial-"  # in the name of whatever is being written or removed, behind a dot
 
@@ -101,6 +102,12 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is a directory; a JSON file is needed") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def stage_summary(directory: str | Path) -> dict[str, Any]:
+    """What the stage that made `directory` says of itself; nothing where no stage did."""
+    path = Path(directory) / SUMMARY
+    return read_json(path) if path.is_file() else {}
 
 
 def finite_json(value: Any) -> Any:

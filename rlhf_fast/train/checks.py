@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.train.checkpoint import read_json
+from rlhf_fast.train.checkpoint import stage_summary
 from rlhf_fast.train.data import collate
 from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.model import hidden_states, sequence_scores
@@ -26,6 +26,8 @@ from rlhf_fast.train.rollout import Models, Rollout, roll_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf_fast.train.loop import Encoder
 
 PROBES = 8  # rows that are sampled and read
 PROBE_TOKENS = 256  # longer replies are sampled up to here
@@ -86,6 +88,29 @@ def check_pairs_differ(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], lim
         )
 
 
+def check_preferences(
+    config: Any,
+    model: PreTrainedModel,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    rows: int,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pad_id: int,
+    full_logits: bool = False,
+) -> None:
+    """UserError if the stage of `config` could not learn from its pairs, of `rows` read and encoded, or its model not read them.
+
+    prompts: of the `pairs`, which are token ids, that are trained on.
+    """
+    check_prompts_fit(encoder.truncated_prompts, rows, encoder.max_prompt_tokens)
+    check_pairs_differ(pairs, config.max_response_tokens)
+    check_same_form(config.model, prompts)
+    check_weights({"model": model})
+    probes = [chosen for chosen, _ in pairs[:PROBES]]
+    check_reading("model", model, probes, pad_id=pad_id, full_logits=full_logits)
+
+
 def prompt_form(prompts: Sequence[str]) -> dict[str, Any]:
     """What all prompts of a file have in common, for `stage.json`: with enough of them, the template they stand in."""
     distinct = sorted(set(prompts))
@@ -105,7 +130,7 @@ def check_same_form(model_dir: str | Path, prompts: Sequence[str]) -> None:
 
     What `model_dir` was trained on stands in its `stage.json`; other models are taken as they are.
     """
-    record = _stage_record(model_dir)
+    record = stage_summary(model_dir)
     known = record.get("data", {}).get("prompt_form")
     if not known or known["prompts"] < FEWEST_PROMPTS:
         return
@@ -119,7 +144,7 @@ def check_same_form(model_dir: str | Path, prompts: Sequence[str]) -> None:
 
 def check_same_split(model_dir: str | Path, *, heldout_fraction: float, split_seed: int) -> None:
     """UserError if prompts that count as held out here may be prompts that the model was trained on."""
-    trained = _stage_record(model_dir).get("config", {})
+    trained = stage_summary(model_dir).get("config", {})
     if "split_seed" not in trained or heldout_fraction == 0:
         return
     if trained["split_seed"] != split_seed or trained["heldout_fraction"] < heldout_fraction:
@@ -128,11 +153,6 @@ def check_same_split(model_dir: str | Path, *, heldout_fraction: float, split_se
             f"{trained['split_seed']}, so prompts held out here ({heldout_fraction}, {split_seed}) may be among those it has "
             "seen; give the same two values, or pass --checks false"
         )
-
-
-def _stage_record(directory: str | Path) -> Mapping[str, Any]:
-    path = Path(directory) / "stage.json"
-    return read_json(path) if path.is_file() else {}
 
 
 # -------------------------------------------------------------------------------------------------------- words

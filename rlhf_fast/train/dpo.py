@@ -117,24 +117,19 @@ def train(config: DPOConfig) -> Path:
     cut = (encoder.truncated_prompts, encoder.truncated_responses)
     data = DataSummary(config.data, rows_read, len(rows), len(pairs), len(heldout), bad_rows, *cut)
 
-    pad_id = tokenizer.pad_token_id
-    recorded = data.as_dict() | checks.prompt_form([row.prompt for row in sides[0]])
+    prompts, pad_id = [row.prompt for row in sides[0]], tokenizer.pad_token_id
+    recorded = data.as_dict() | checks.prompt_form(prompts)
     if config.checks:
-        checks.check_prompts_fit(encoder.truncated_prompts, len(rows), encoder.max_prompt_tokens)
         sequences = [(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
-        checks.check_pairs_differ(sequences, config.max_response_tokens)
-        checks.check_same_form(config.model, [row.prompt for row in sides[0]])
-        checks.check_weights({"model": model})
-        probes = [chosen for chosen, _ in sequences[: checks.PROBES]]
-        checks.check_reading("model", model, probes, pad_id=pad_id, full_logits=config.full_logits)
+        reading = {"pad_id": pad_id, "full_logits": config.full_logits}
+        checks.check_preferences(config, model, encoder, prompts, len(rows), sequences, **reading)
     if not config.full_logits:
         logit_head(model)  # a model without one is refused here
     loop.say(f"dpo: the reference reads {len(rows):,} pairs")
     reference, heldout_reference = (logprobs_of(model, side, pad_id, config) for side in (pairs, heldout))
     lengths = [len(pair) for pair in pairs]
-    epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
-    batches = [batch for epoch in epochs for batch in epoch]
-    steps_per_epoch, total_steps = len(epochs[0]), len(batches)
+    batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
+    total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
     optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
     means, so_far = loop.Means(), SimpleNamespace(tokens=0)
@@ -150,7 +145,7 @@ def train(config: DPOConfig) -> Path:
             parts = loop.micro_batches(rows, lengths, config.micro_batch_size)
             where = f"dpo step {step}"
             with (
-                keeping(out, where, [sides[0][row].prompt for row in rows], config),
+                keeping(out, where, [prompts[row] for row in rows], config),
                 blaming({"model": model}, dict(enumerate(rows)), alone, partial(tensors_of, pairs, rows, pad_id)),
             ):
                 stats = accumulate_gradient(model, pairs, reference, parts, pad_id, config)

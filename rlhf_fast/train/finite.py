@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.train.checkpoint import write_directory, write_json
+from rlhf_fast.train.checkpoint import numbered, write_directory, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.data import collate
 from rlhf_fast.train.errors import NotFinite
@@ -107,9 +106,8 @@ def keeping(out: Path, where: str, prompts: Sequence[str], config: Any) -> Itera
 def _write(out: Path, where: str, error: NotFinite, facts: Mapping[str, Any]) -> Path:
     from safetensors.torch import save_file
 
-    name = re.sub(r"\W+", "-", where)
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    directory = next(path for path in (out / DIRECTORY / name for name in names) if not path.exists())
+    places = numbered(out / DIRECTORY / re.sub(r"\W+", "-", where))
+    directory = next(path for path in places if not path.exists())
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in error.tensors.items()}
     with write_directory(directory) as partial:
         save_file(tensors, str(partial / TENSORS))

@@ -157,6 +157,14 @@ def length_batches(lengths: Sequence[int], batch_size: int, generator: torch.Gen
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def epochs(
+    lengths: Sequence[int], batch_size: int, count: int, generator: torch.Generator
+) -> tuple[list[list[int]], int]:
+    """The batches of `count` passes over the rows, one after the other, and how many make a pass."""
+    passes = [length_batches(lengths, batch_size, generator) for _ in range(count)]
+    return [batch for batches in passes for batch in batches], len(passes[0])
+
+
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
     """`rows` in parts of at most `size` (0: one part), shortest first, so that each part can be cut to its longest."""
     return _split(sorted(rows, key=lambda row: lengths[row]), size or len(rows))

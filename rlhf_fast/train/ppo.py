@@ -310,10 +310,9 @@ def collect(
         micro_batch_size=config.micro_batch_size,
         full_logits=config.full_logits,
     )
-    parts = {"samples": rollout.samples, "beside": tensors_of(rollout)}
-    check_finite(tensors_of(scored), **parts)
+    check_finite(tensors_of(scored), samples=rollout.samples, beside=tensors_of(rollout))
     batch = advantages_of(scored, kl_coef, config)
-    check_finite(tensors_of(scored) | tensors_of(batch), **parts)
+    check_finite(tensors_of(batch), samples=rollout.samples, beside=tensors_of(rollout) | tensors_of(scored))
     return batch
 
 

@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 
 import rlhf_fast
-from rlhf_fast.train.checkpoint import finite_json, remove_partials, write_file, write_json
+from rlhf_fast.train.checkpoint import SUMMARY, finite_json, remove_partials, write_file, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.loop import StageConfig, say
 from rlhf_fast.train.resume import Checkpoints, Record, State, clear, sources
@@ -203,7 +203,7 @@ class Stage:
             "inputs": self._origin["inputs"],
             "results": dict(results),
         }
-        write_json(self.out / "stage.json", summary)
+        write_json(self.out / SUMMARY, summary)
         clear(self.out)
 
 

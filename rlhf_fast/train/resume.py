@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.train.checkpoint import (
     LOCK,
+    SUMMARY,
     claim_output,
     digest,
     discard,
@@ -54,7 +55,6 @@ PLACE, FORMAT = "checkpoints", 1
 STATE, LOG, MANIFEST, OPTIMIZER = "state.json", "log.jsonl", "manifest.json", "optimizer"
 STEP = re.compile(r"step-(\d{6,})")
 DAMAGED = ".damaged"
-FINISHED = "stage.json"
 SHOWN = 5
 
 # Keys in which a run may differ from the one it continues. Of data and models the content is compared, not the path;
@@ -230,12 +230,12 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
     out = Path(config.output_dir)
     if not config.resume:
         return claim_output(out), False
-    if (out / FINISHED).is_file():
-        summary = read_json(out / FINISHED)
+    if (out / SUMMARY).is_file():
+        summary = read_json(out / SUMMARY)
         if not isinstance(summary, dict) or summary.get("stage") != name:
             return claim_output(out), False
         if not all(isinstance(summary.get(key), dict) for key in ("config", "inputs")):
-            raise UserError(f"{out / FINISHED} does not say with what config and inputs it was made; remove {out}")
+            raise UserError(f"{out / SUMMARY} does not say with what config and inputs it was made; remove {out}")
         compare({"config": to_dict(config), "inputs": sources(config)}, summary, out)
         tidy(out)
         say(f"{name}: finished in {out}, nothing is left to do")
@@ -335,7 +335,7 @@ class Checkpoints:
         """Keep other processes away. UserError if one is here, or has finished the stage since it was claimed."""
         self._out.mkdir(parents=True, exist_ok=True)
         with locked(self._out / LOCK):
-            if (self._out / FINISHED).exists():
+            if (self._out / SUMMARY).exists():
                 raise UserError(f"{self._out} has meanwhile been finished by another process")
             self._place.mkdir(exist_ok=True)
             yield

@@ -101,22 +101,18 @@ def train(config: RewardConfig) -> Path:
     cut = (encoder.truncated_prompts, encoder.truncated_responses)
     data = DataSummary(config.data, rows_read, len(rows), len(pairs), len(heldout), bad_rows, *cut)
 
-    recorded = data.as_dict() | checks.prompt_form([row.prompt for row in sides[0]])
+    prompts, pad_id = [row.prompt for row in sides[0]], tokenizer.pad_token_id
+    recorded = data.as_dict() | checks.prompt_form(prompts)
     if config.checks:
-        checks.check_prompts_fit(encoder.truncated_prompts, len(rows), encoder.max_prompt_tokens)
-        checks.check_pairs_differ([(pair.chosen, pair.rejected) for pair in pairs], config.max_response_tokens)
-        checks.check_same_form(config.model, [row.prompt for row in sides[0]])
-        checks.check_weights({"model": model})
-        probes = [pair.chosen for pair in pairs[: checks.PROBES]]
-        checks.check_reading("model", model, probes, pad_id=tokenizer.pad_token_id)
+        sequences = [(pair.chosen, pair.rejected) for pair in pairs]
+        checks.check_preferences(config, model, encoder, prompts, len(rows), sequences, pad_id=pad_id)
 
     lengths = [len(pair) for pair in pairs]
-    epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
-    batches = [batch for epoch in epochs for batch in epoch]
-    steps_per_epoch, total_steps = len(epochs[0]), len(batches)
+    batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
+    total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
     optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
-    means, pad_id = loop.Means(), tokenizer.pad_token_id
+    means = loop.Means()
     inputs = {"training rows": pairs, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, SimpleNamespace(), inputs, means)
 
@@ -131,7 +127,7 @@ def train(config: RewardConfig) -> Path:
             ]
             where, batch = f"reward step {step}", dict(enumerate(pairs[row] for row in rows))
             with (
-                keeping(out, where, [sides[0][row].prompt for row in rows], config),
+                keeping(out, where, [prompts[row] for row in rows], config),
                 blaming({"model": model}, batch, alone, partial(tensors_of, batch.values(), pad_id)),
             ):
                 stats = accumulate_gradient(model, parts, pad_id, center_coef=config.center_coef)
@@ -152,8 +148,8 @@ def train(config: RewardConfig) -> Path:
                 stage.log(step, metrics, show=("loss", "accuracy", "eval_accuracy"))
         results = summary(model, pairs, heldout, pad_id, config.batch_size)
         if config.normalize_samples:
-            prompts = [encoder.prompt(row.prompt) for row in sides[0]]
-            replies = sample_replies(policy, tokenizer, prompts, order, config)
+            queries = [encoder.prompt(prompt) for prompt in prompts]
+            replies = sample_replies(policy, tokenizer, queries, order, config)
             results |= normalize_head(model, replies, pad_id, config.batch_size)
         save_model(out, model, tokenizer)
         stage.finish(results)

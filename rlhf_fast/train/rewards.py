@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlhf_fast.train.checkpoint import read_json
+from rlhf_fast.train.checkpoint import stage_summary
 from rlhf_fast.train.data import collate, encode_prompt, encode_response
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import Judge, PairJudge, RewardJudge, judge_name
@@ -205,8 +205,7 @@ class WeightedSum:
 
 def check_accuracy(directory: str | Path, bar: float | None) -> None:
     """UserError if a reward model's `stage.json` states a held-out accuracy below `bar` (None: take any)."""
-    path = Path(directory) / "stage.json"
-    results: Mapping[str, Any] = read_json(path).get("results", {}) if bar is not None and path.is_file() else {}
+    results: Mapping[str, Any] = stage_summary(directory).get("results", {}) if bar is not None else {}
     accuracy = results.get("accuracy")
     if accuracy is not None and accuracy < bar:
         raise UserError(

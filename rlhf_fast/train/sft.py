@@ -97,9 +97,8 @@ def train(config: SFTConfig) -> Path:
     recorded = data.as_dict() | checks.prompt_form([row.prompt for row in sides[0]])
 
     lengths = [len(example.ids) for example in examples]
-    epochs = [loop.length_batches(lengths, config.batch_size, order) for _ in range(config.num_train_epochs)]
-    batches = [batch for epoch in epochs for batch in epoch]
-    steps_per_epoch, total_steps = len(epochs[0]), len(batches)
+    batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
+    total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
     optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
     means, so_far = loop.Means(), SimpleNamespace(tokens=0, results={})

@@ -34,27 +34,9 @@ NAMES = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny.save_base(tmp_path_factory.mktemp("base"))
-
-
 def config(tmp_path, base, **options):
-    data = tmp_path / "pairs.jsonl"
-    if not data.exists():
-        tiny.write_pairs(data, count=120)
-    chosen = {
-        "model": str(base),
-        "data": str(data),
-        "output_dir": str(tmp_path / "dpo"),
-        "heldout_fraction": 0.2,
-        "batch_size": 16,
-        "learning_rate": 3e-3,
-        "num_train_epochs": 2,
-        "logging_steps": 2,
-        "max_response_tokens": 16,
-    }
-    return DPOConfig(**(chosen | options))
+    chosen = {"batch_size": 16, "learning_rate": 3e-3, "num_train_epochs": 2, "max_response_tokens": 16}
+    return tiny.stage_config(DPOConfig, tmp_path, base, pairs=120, **(chosen | options))
 
 
 def settings(**options):

@@ -22,28 +22,15 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny.save_base(tmp_path_factory.mktemp("base"))
-
-
 def config(tmp_path, base, **options):
-    data = tmp_path / "pairs.jsonl"
-    if not data.exists():
-        tiny.write_pairs(data, count=120)
     chosen = {
-        "model": str(base),
-        "data": str(data),
-        "output_dir": str(tmp_path / "reward"),
-        "heldout_fraction": 0.2,
         "batch_size": 16,
         "learning_rate": 3e-3,
         "num_train_epochs": 3,
-        "logging_steps": 2,
         "max_response_tokens": 16,
         "normalize_samples": 48,
     }
-    return RewardConfig(**(chosen | options))
+    return tiny.stage_config(RewardConfig, tmp_path, base, pairs=120, **(chosen | options))
 
 
 def scalar_model(architecture, tmp_path, dtype="float64"):

@@ -12,27 +12,9 @@ from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.sft import Example, SFTConfig, accumulate_gradient, evaluate, train
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny.save_base(tmp_path_factory.mktemp("base"))
-
-
 def config(tmp_path, base, **options):
-    data = tmp_path / "pairs.jsonl"
-    if not data.exists():
-        tiny.write_pairs(data)
-    chosen = {
-        "model": str(base),
-        "data": str(data),
-        "output_dir": str(tmp_path / "sft"),
-        "heldout_fraction": 0.2,
-        "batch_size": 8,
-        "learning_rate": 1e-2,
-        "num_train_epochs": 3,
-        "logging_steps": 2,
-        "max_response_tokens": 24,
-    }
-    return SFTConfig(**(chosen | options))
+    chosen = {"batch_size": 8, "learning_rate": 1e-2, "num_train_epochs": 3, "max_response_tokens": 24}
+    return tiny.stage_config(SFTConfig, tmp_path, base, pairs=40, **(chosen | options))
 
 
 EXAMPLES = [

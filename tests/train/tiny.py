@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from rlhf_fast.train.data import train_tokenizer
+from rlhf_fast.train.loop import StageConfig
 
 CONTEXT = 64
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "hill", "and", "was", "happy", "sad", "today"]
@@ -65,6 +66,16 @@ def write_pairs(path: Path, count: int = 40, seed: int = 0) -> Path:
         rows.append({"prompt": f"say {i} {start}", "chosen": f" {start} happy", "rejected": f" {start} sad today"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def stage_config(kind: type, tmp_path: Path, base: Path, *, pairs: int, **options) -> StageConfig:
+    """Settings of a stage on `pairs` preference rows, written to tmp_path once."""
+    data = tmp_path / "pairs.jsonl"
+    if not data.exists():
+        write_pairs(data, count=pairs)
+    name = kind.__name__.removesuffix("Config").lower()
+    places = {"model": str(base), "data": str(data), "output_dir": str(tmp_path / name)}
+    return kind(**(places | {"heldout_fraction": 0.2, "logging_steps": 2} | options))
 
 
 def read_log(directory: Path) -> list[dict]:
