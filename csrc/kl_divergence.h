@@ -359,8 +359,14 @@ template <class T, class U> constexpr int kUnit = kPack<T> > kPack<U> ? kPack<T>
 constexpr int kUnitsInFlight = 2;
 // Blocks a multiprocessor holds at least. Forward over 16-bit logits a thread needs 96 registers, 117 beside float32: two blocks, which
 // have 32 and 48 KiB on their way.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kNarrowKlWarps = 5;  // six would spill there
+#else
+constexpr int kNarrowKlWarps = 6;
+#endif
+template <class T, class U> constexpr int kKlWarpBlocks = sizeof(T) != sizeof(U) ? 4 : sizeof(T) == 2 ? kNarrowKlWarps : 6;
 template <int kThreads, bool kForward, class T, class U>
-constexpr int kKlBlocks = sizeof(T) == 8 ? 1 : kThreads == kWarp ? (sizeof(T) == sizeof(U) ? 6 : 4) : kForward && sizeof(T) + sizeof(U) < 8 ? 2 : 4;
+constexpr int kKlBlocks = sizeof(T) == 8 ? 1 : kThreads == kWarp ? kKlWarpBlocks<T, U> : kForward && sizeof(T) + sizeof(U) < 8 ? 2 : 4;
 
 // kUnitsInFlight units of one row.
 template <int kElements, class T>
