@@ -9,7 +9,6 @@ Letters as in `model`: B rows, S tokens, T of them the reply.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.train.checkpoint import stage_summary
-from rlhf_fast.train.data import collate
+from rlhf_fast.train.data import collate, common_length
 from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.model import hidden_states, sequence_scores
 from rlhf_fast.train.policy import response_logprobs
@@ -116,13 +115,8 @@ def prompt_form(prompts: Sequence[str]) -> dict[str, Any]:
     distinct = sorted(set(prompts))
     flipped = sorted(prompt[::-1] for prompt in distinct)
     # Of a sorted list the first and the last differ most.
-    start, end = (_common_start(texts[0], texts[-1]) for texts in (distinct, flipped))
+    start, end = (texts[0][: common_length(texts[0], texts[-1])] for texts in (distinct, flipped))
     return {"prompt_form": {"start": start, "end": end[::-1], "prompts": len(distinct)}}
-
-
-def _common_start(one: str, other: str) -> str:
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(character for character, _ in pairs)
 
 
 def check_same_form(model_dir: str | Path, prompts: Sequence[str]) -> None:

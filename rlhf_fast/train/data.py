@@ -1,48 +1,92 @@
-"""From a user's JSONL file to token ids: read, check, split, tokenise, pad. Nothing else parses user files.
+"""From a user's rows to token ids: recognise, check, split, tokenise, pad. `rows` reads the files, `chat` renders conversations.
 
-A row is one JSON object a line, in a plain or gzipped file:
+Of a row, its fields say what it is (the forms are those of TRL's "dataset formats"):
 
     {"prompt", "chosen", "rejected"}    a preference pair; the replies stand without the prompt
-    {"chosen", "rejected"}              the same as two whole dialogues "\\n\\nHuman: …\\n\\nAssistant: …" that
-                                        differ in the last reply (arXiv 2204.05862)
+    {"chosen", "rejected"}              the same without a prompt of its own, which is what the two have in common: of dialogues
+                                        "\\n\\nHuman: …\\n\\nAssistant: …" (arXiv 2204.05862) all but the last reply, of other
+                                        texts the words with which both begin
     {"prompt", "completion"}            a demonstration; "response" is read as well as "completion"
+    {"messages"}                        a demonstration: a conversation, of which the last reply is learnt
+    {"text"}                            a demonstration without a prompt
     {"prompt"}                          a prompt
 
-Every flaw of a row is named by line, field and reason; blank lines are not rows.
+In place of text, a conversation may stand: a list of {"role": "system" | "user" | "assistant", "content": text}. Then "prompt"
+ends with a message of the user, and "chosen", "rejected" and "completion" are one message of the assistant; without a prompt
+they are whole conversations that differ in the last message.
+
+Every flaw of a row is named by line (in a table: row), field and reason; blank lines are not rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
+import itertools
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.rows import WHOLE_ROW, Flaw, open_rows, type_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    from rlhf_fast.train.chat import Chat
+
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
-WHOLE_ROW = "row"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 BYTES = 256
 SHOWN = 5
+ROLES = ("system", "user", "assistant")
+# What a conversation may hold and no stage reads: training as if it were not there would teach something else.
+UNREAD = dict.fromkeys(("tools", "tool_calls", "tool_call_id", "function_call"), "calls of tools")
+UNREAD |= dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "multi-modal data")
+UNREAD_IN_MESSAGE = UNREAD | dict.fromkeys(
+    ("thinking", "reasoning", "reasoning_content"), "reasoning beside the content"
+)
+
+
+class Message(NamedTuple):
+    """One turn of a conversation. role: one of ROLES."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt in messages. field: the key it was read from."""
+
+    messages: tuple[Message, ...]
+    field: str = dataclasses.field(default="messages", compare=False)
+
+
+class Rendered(str):
+    """A conversation as a chat template writes it: its tokens are all of the prompt, a beginning mark among them.
+
+    messages: what was rendered; the side of a split hangs on them, not on the template.
+    """
+
+    messages: tuple[Message, ...]
+
+    def __new__(cls, text: str, messages: tuple[Message, ...]) -> Rendered:
+        rendered = super().__new__(cls, text)
+        rendered.messages = messages
+        return rendered
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two replies to one prompt; people (or a judge) preferred `chosen`. line: counted from 1."""
+    """Two replies to one prompt; people (or a judge) preferred `chosen`. line: counted from 1; of a table, the row."""
 
-    prompt: str
+    prompt: str | Conversation
     chosen: str
     rejected: str
     line: int
@@ -50,9 +94,9 @@ class Preference:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt and a reply to imitate."""
+    """A prompt and a reply to imitate; a text that stands alone is a reply to the prompt ""."""
 
-    prompt: str
+    prompt: str | Conversation
     response: str
     line: int
 
@@ -61,13 +105,13 @@ class Demonstration:
 class Prompt:
     """A prompt alone."""
 
-    prompt: str
+    prompt: str | Conversation
     line: int
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why. field: the JSON key at fault, or "row" for the line as a whole."""
+    """A row that cannot be used, and why. field: the key at fault ("chosen", "messages[2].role"), or "row" for all of it."""
 
     path: str
     line: int
@@ -98,7 +142,7 @@ class DataSummary:
 
 class HasPrompt(Protocol):
     @property
-    def prompt(self) -> str: ...
+    def prompt(self) -> str | Conversation: ...
 
 
 Row = TypeVar("Row", bound=HasPrompt)
@@ -107,160 +151,284 @@ Row = TypeVar("Row", bound=HasPrompt)
 # ---------------------------------------------------------------- reading
 
 
-def read_preferences(path: str | Path, *, bad_rows: str = "stop") -> tuple[list[Preference], tuple[BadRow, ...], int]:
-    """Preference pairs of a file → (usable rows, flawed rows, number of rows read).
+def read_preferences(
+    path: str | Path, *, bad_rows: str = "stop", chat: Chat | None = None
+) -> tuple[list[Preference], tuple[BadRow, ...], int]:
+    """Preference pairs of a file or data set (see `rows`) → (usable rows, flawed rows, number of rows read).
 
     bad_rows: "stop" raises UserError at flawed rows (how many, and the first five); "skip" returns them beside
-    the usable ones. UserError in any case: no such file, a directory, broken gzip, an empty file, no usable row.
+    the usable ones. chat: renders conversations to text; without it their prompts stay a `Conversation`.
+    UserError in any case: what `rows` cannot read, an empty file, no usable row, a chat template that does not fit.
     """
-    return _read(path, _preference, bad_rows)
+    return _read(path, _preference, bad_rows, chat)
 
 
 def read_demonstrations(
-    path: str | Path, *, bad_rows: str = "stop"
+    path: str | Path, *, bad_rows: str = "stop", chat: Chat | None = None
 ) -> tuple[list[Demonstration], tuple[BadRow, ...], int]:
     """As `read_preferences`, for demonstrations; of a preference pair that is the chosen reply."""
-    return _read(path, _demonstration, bad_rows)
+    return _read(path, _demonstration, bad_rows, chat)
 
 
-def read_prompts(path: str | Path, *, bad_rows: str = "stop") -> tuple[list[Prompt], tuple[BadRow, ...], int]:
+def read_prompts(
+    path: str | Path, *, bad_rows: str = "stop", chat: Chat | None = None
+) -> tuple[list[Prompt], tuple[BadRow, ...], int]:
     """As `read_preferences`, for prompts; preference and demonstration files give theirs."""
-    return _read(path, _prompt, bad_rows)
+    return _read(path, _prompt, bad_rows, chat)
 
 
-class _Flaw(Exception):
-    def __init__(self, field: str, reason: str) -> None:
-        self.field, self.reason = field, reason
-
-
-def _read(path: str | Path, parse: Callable[[dict, int], Row], bad_rows: str) -> tuple[list, tuple, int]:
+def _read(
+    path: str | Path, parse: Callable[[dict, int], Row], bad_rows: str, chat: Chat | None
+) -> tuple[list, tuple, int]:
     if bad_rows not in ("stop", "skip"):
         raise UserError(f"bad_rows must be stop or skip, got {bad_rows!r}")
     usable: list[Row] = []
     flawed: list[BadRow] = []
-    for number, line in _lines(Path(path)):
+    source = open_rows(path)
+    for number, found in source.rows:
         try:
-            usable.append(parse(_json_object(line), number))
-        except _Flaw as flaw:
+            if isinstance(found, Flaw):
+                raise found
+            row = parse(found, number)
+            usable.append(chat.render(row, path) if chat is not None and isinstance(row.prompt, Conversation) else row)
+        except Flaw as flaw:
             flawed.append(BadRow(str(path), number, flaw.field, flaw.reason))
-    rows_read = len(usable) + len(flawed)
+    rows_read, listing = len(usable) + len(flawed), _listing(flawed, source.unit)
     if rows_read == 0:
-        raise UserError(f"{path} is empty: it needs one JSON object a line")
+        raise UserError(f"{path} is empty: it needs one {'JSON object a line' if source.unit == 'line' else 'row'}")
     if not usable:
-        raise UserError(f"{path}: none of its {rows_read} rows can be used; {_listing(flawed)}")
+        raise UserError(f"{path}: none of its {rows_read} rows can be used; {listing}")
     if flawed and bad_rows == "stop":
         raise UserError(
-            f"{path}: {len(flawed)} of {rows_read} rows cannot be used; {_listing(flawed)}; "
+            f"{path}: {len(flawed)} of {rows_read} rows cannot be used; {listing}; "
             "correct them, or leave them out with --bad_rows skip"
         )
+    if chat is not None:
+        chat.check_read(path)
     return usable, tuple(flawed), rows_read
 
 
-def _listing(flawed: list[BadRow]) -> str:
+def _listing(flawed: list[BadRow], unit: str) -> str:
     head = f"the first {SHOWN}: " if len(flawed) > SHOWN else ""
-    return head + "; ".join("line " + str(row).removeprefix(f"{row.path}:") for row in flawed[:SHOWN])
+    return head + "; ".join(f"{unit} " + str(row).removeprefix(f"{row.path}:") for row in flawed[:SHOWN])
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of every line that is not blank. Split at \\n only: JSON strings may hold U+2028."""
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield number, line.rstrip(b"\r\n")
-    except FileNotFoundError:
-        raise UserError(f"data file {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"data file {path} is a directory; give a JSONL file") from None
-    except PermissionError:
-        raise UserError(f"data file {path} cannot be read: permission denied") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"data file {path} is a damaged gzip file ({error}); fetch it again") from None
-
-
-def _open(path: Path) -> IO[bytes]:
-    with open(path, "rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if gzipped else open(path, "rb")
-
-
-def _json_object(line: bytes) -> dict:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Flaw(WHOLE_ROW, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise _Flaw(WHOLE_ROW, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise _Flaw(WHOLE_ROW, f"not usable JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise _Flaw(WHOLE_ROW, f"not a JSON object but {_json_type(row)}")
-    return row
-
-
-def _json_type(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), "null")
+# ---------------------------------------------------------------- forms of rows
 
 
 def _text(row: dict, field: str, empty: str = "empty") -> str:
     if field not in row:
-        raise _Flaw(field, f"missing; the row has {', '.join(map(repr, row)) or 'no field'}")
-    value = row[field]
+        raise _missing(row, field)
+    return _string(row[field], field, empty)
+
+
+def _missing(row: dict, field: str) -> Flaw:
+    return Flaw(field, f"missing; the row has {', '.join(repr(name[:40]) for name in row) or 'no field'}")
+
+
+def _string(value: Any, field: str, empty: str = "empty") -> str:
     if not isinstance(value, str):
-        raise _Flaw(field, f"not text but {_json_type(value)}")
+        raise Flaw(field, f"not text but {type_name(value)}")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _Flaw(field, "holds half of a surrogate pair, which is no character")
+        raise Flaw(field, "holds half of a surrogate pair, which is no character")
     if not value.strip():
-        raise _Flaw(field, empty)
+        raise Flaw(field, empty)
     return value
 
 
 def _preference(row: dict, line: int) -> Preference:
-    if "prompt" in row:
-        prompt = _text(row, "prompt")
-        chosen, rejected = (_text(row, field, empty="the reply is empty") for field in ("chosen", "rejected"))
-    else:
-        prompt, chosen = _dialogue(row, "chosen")
-        other_prompt, rejected = _dialogue(row, "rejected")
-        if prompt != other_prompt:
-            raise _Flaw("rejected", "prompts differ: the two dialogues are not the same up to the last reply")
+    prompt, chosen, rejected = _pair(row)
     if chosen.strip() == rejected.strip():
-        raise _Flaw("rejected", "chosen equals rejected")
+        raise Flaw("rejected", "chosen equals rejected")
     return Preference(prompt, chosen, rejected, line)
+
+
+def _pair(row: dict) -> tuple[str | Conversation, str, str]:
+    """(prompt, chosen, rejected) of a row in any of its forms."""
+    lists = [isinstance(row.get(field), list) for field in ("chosen", "rejected")]
+    if isinstance(row.get("prompt"), list):
+        return _asked(row, "prompt"), _answer(row, "chosen"), _answer(row, "rejected")
+    # Beside whole conversations a prompt in text repeats the question; TRL's maybe_extract_prompt passes over it too.
+    if all(lists) or (any(lists) and "prompt" not in row):
+        return _common_messages(row)
+    if "prompt" in row:
+        return _text(row, "prompt"), *(_text(row, field, "the reply is empty") for field in ("chosen", "rejected"))
+    if ASSISTANT in _text(row, "chosen") or ASSISTANT in _text(row, "rejected"):
+        (prompt, chosen), (other_prompt, rejected) = _dialogue(row, "chosen"), _dialogue(row, "rejected")
+        if prompt != other_prompt:
+            raise Flaw("rejected", "prompts differ: the two dialogues are not the same up to the last reply")
+        return prompt, chosen, rejected
+    return _common_words(row)
 
 
 def _dialogue(row: dict, field: str) -> tuple[str, str]:
     """Split a dialogue behind its last "Assistant:" → (prompt that ends in "Assistant:", last reply)."""
     before, marker, reply = _text(row, field).rpartition(ASSISTANT)
     if not marker:
-        raise _Flaw(field, "a dialogue without an Assistant turn")
+        raise Flaw(field, "a dialogue without an Assistant turn")
     if HUMAN in reply:
-        raise _Flaw(field, "the dialogue ends with a Human turn")
+        raise Flaw(field, "the dialogue ends with a Human turn")
     if not reply.strip():
-        raise _Flaw(field, "the last reply is empty")
+        raise Flaw(field, "the last reply is empty")
     return before + marker, reply
+
+
+def common_length(one: Sequence, other: Sequence) -> int:
+    """How many items two sequences have in common from their start."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in pairs)
+
+
+def _common_words(row: dict) -> tuple[str, str, str]:
+    """The words with which two texts begin as their prompt, and what follows as replies, the space in front among it.
+
+    TRL's `extract_prompt` (trl/data_utils.py) takes all common characters; here no word is cut in two, because its halves are
+    other tokens than the word.
+    """
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    length = common_length(chosen, rejected)
+    if (chosen[length : length + 1] + rejected[length : length + 1]).strip():
+        length = max((i for i in range(length) if chosen[i].isspace()), default=0)
+    shared = chosen[:length].rstrip()
+    if not shared:
+        raise Flaw(
+            "chosen", "a dialogue without an Assistant turn, and no word in common with rejected to serve as the prompt"
+        )
+    replies = chosen[len(shared) :], rejected[len(shared) :]
+    for field, reply in zip(("chosen", "rejected"), replies, strict=True):
+        if not reply.strip():
+            raise Flaw(field, "the reply is empty: the other text begins with this one")
+    return shared, *replies
+
+
+# Conversations.
+
+
+def _common_messages(row: dict) -> tuple[Conversation, str, str]:
+    """What two conversations have in common as their prompt, and the last message of each (TRL's `extract_prompt`)."""
+    _refuse_unread(row, UNREAD)
+    sides = [_messages(row, field) for field in ("chosen", "rejected")]
+    shared = common_length(*sides)
+    if sides[0] == sides[1]:
+        raise Flaw("rejected", "chosen equals rejected")
+    for field, side in zip(("chosen", "rejected"), sides, strict=True):
+        if len(side) != shared + 1:
+            raise Flaw(
+                field,
+                f"the two conversations have the first {shared} messages in common and this one has {len(side)}; they must "
+                "differ in the last message alone",
+            )
+    replies = [_reply(side[-1], field) for field, side in zip(("chosen", "rejected"), sides, strict=True)]
+    return _ending_with_user(sides[0][:shared], "chosen"), *replies
+
+
+def _messages(row: dict, field: str) -> tuple[Message, ...]:
+    if field not in row:
+        raise _missing(row, field)
+    value = row[field]
+    if not isinstance(value, list):
+        raise Flaw(field, f"not a list of messages but {type_name(value)}")
+    if not value:
+        raise Flaw(field, "holds no message")
+    messages = tuple(_message(message, f"{field}[{i}]") for i, message in enumerate(value))
+    for i, message in enumerate(messages[1:], 1):
+        if message.role == "system":
+            raise Flaw(f"{field}[{i}].role", "a message of the system must come first")
+    return messages
+
+
+def _message(value: Any, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise Flaw(place, f"not a message, an object with role and content, but {type_name(value)}")
+    _refuse_unread(value, UNREAD_IN_MESSAGE, f"{place}.")
+    for name in ("role", "content"):
+        if name not in value:
+            raise Flaw(f"{place}.{name}", _missing(value, name).reason.replace("the row", "the message"))
+    role, content = value["role"], value["content"]
+    if role in ("tool", "function"):
+        raise Flaw(f"{place}.role", f"is {role!r}: calls of tools are not read")
+    if not isinstance(role, str) or role not in ROLES:
+        shown = repr(role[:40]) if isinstance(role, str) else type_name(role)
+        raise Flaw(f"{place}.role", f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}, not {shown}")
+    if isinstance(content, list):
+        raise Flaw(f"{place}.content", "is a list of parts: multi-modal messages are not read, content must be text")
+    return Message(role, _string(content, f"{place}.content", _emptiness(role)))
+
+
+def _emptiness(role: str) -> str:
+    return "the reply is empty" if role == "assistant" else "empty"
+
+
+def _refuse_unread(found: dict, kinds: dict[str, str], prefix: str = "") -> None:
+    for name, kind in kinds.items():
+        if found.get(name):
+            raise Flaw(f"{prefix}{name}", f"{kind}: not read in conversations; leave out such rows, or the field")
+
+
+def _asked(row: dict, field: str) -> Conversation:
+    _refuse_unread(row, UNREAD)
+    return _ending_with_user(_messages(row, field), field)
+
+
+def _ending_with_user(messages: tuple[Message, ...], field: str) -> Conversation:
+    if not messages:
+        raise Flaw(field, "a conversation without a message of the user in front of the reply")
+    if messages[-1].role != "user":
+        raise Flaw(
+            f"{field}[{len(messages) - 1}].role",
+            f"is {messages[-1].role!r}: the message before a reply must be the user's",
+        )
+    return Conversation(messages, field)
+
+
+def _answer(row: dict, field: str) -> str:
+    """The one message of the assistant that a field holds."""
+    messages = _messages(row, field)
+    if len(messages) > 1:
+        raise Flaw(
+            field, f"holds {len(messages)} messages; beside a prompt in messages it must be one, of the assistant"
+        )
+    return _reply(messages[0], f"{field}[0]")
+
+
+def _reply(message: Message, place: str) -> str:
+    if message.role != "assistant":
+        raise Flaw(place, f"ends with a message of the {message.role}; the last one must be the assistant's")
+    return message.content
+
+
+def _whole(row: dict, field: str) -> tuple[Conversation, str]:
+    """(prompt, last reply) of a conversation."""
+    _refuse_unread(row, UNREAD)
+    messages = _messages(row, field)
+    reply = _reply(messages[-1], field)
+    return _ending_with_user(messages[:-1], field), reply
 
 
 def _demonstration(row: dict, line: int) -> Demonstration:
     if "chosen" in row:
         pair = _preference(row, line)
         return Demonstration(pair.prompt, pair.chosen, line)
+    if row.get("label") is False:
+        raise Flaw("label", "is false: a reply that was not liked is nothing to imitate; leave such rows out")
+    if "messages" in row:
+        return Demonstration(*_whole(row, "messages"), line)
+    if "text" in row and "prompt" not in row:
+        return Demonstration("", _text(row, "text"), line)
     field = "response" if "response" in row else "completion"
+    if isinstance(row.get("prompt"), list):
+        return Demonstration(_asked(row, "prompt"), _answer(row, field), line)
     return Demonstration(_text(row, "prompt"), _text(row, field, empty="the reply is empty"), line)
 
 
 def _prompt(row: dict, line: int) -> Prompt:
-    return Prompt(_preference(row, line).prompt if "chosen" in row else _text(row, "prompt"), line)
+    if "chosen" in row:
+        return Prompt(_preference(row, line).prompt, line)
+    if "messages" in row:
+        messages = _messages(row, "messages")
+        answered = messages[-1].role == "assistant"
+        return Prompt(_whole(row, "messages")[0] if answered else _asked(row, "messages"), line)
+    return Prompt(_asked(row, "prompt") if isinstance(row.get("prompt"), list) else _text(row, "prompt"), line)
 
 
 # ---------------------------------------------------------------- splitting
@@ -277,7 +445,7 @@ def split_heldout(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[l
         raise UserError(f"heldout_fraction must be at least 0 and below 1, got {fraction}")
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        sides[_unit_hash(row.prompt, seed) < fraction].append(row)
+        sides[_unit_hash(_asked_text(row), seed) < fraction].append(row)
     train, heldout = sides
     if not train or (fraction > 0 and not heldout):
         raise UserError(
@@ -285,6 +453,14 @@ def split_heldout(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[l
             f"and {len(heldout)} held out; give more distinct prompts, another heldout_fraction or split_seed"
         )
     return train, heldout
+
+
+def _asked_text(row: Any) -> str:
+    """What the side of a row hangs on: its prompt, or its text where it has none."""
+    prompt = row.prompt
+    if isinstance(prompt, Conversation | Rendered):
+        return json.dumps(prompt.messages)
+    return prompt or row.response
 
 
 def _unit_hash(text: str, seed: int) -> float:
@@ -299,10 +475,14 @@ def _unit_hash(text: str, seed: int) -> float:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> list[int]:
     """Token ids of a prompt, with the beginning-of-sequence token in front if the tokenizer has one.
 
+    What a chat template has rendered gets none beside its own, as `apply_chat_template` gives none.
     A prompt of more than `max_tokens` keeps its end, which the reply answers. UserError: no token at all.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if isinstance(text, Rendered):
+        start = start if ids[: len(start)] == start else []
+        ids = ids[len(start) :]
     room = max_tokens - len(start)
     if not start and not ids:
         raise UserError(f"the tokenizer gives no token for the prompt {text[:60]!r}")
@@ -339,19 +519,23 @@ def collate(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right"
     return ids, mask
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, turn_marks: tuple[str, str] | None = None
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (arXiv 1508.07909, as in GPT-2): every text survives encode and decode.
 
     `<pad>`, `<bos>` and `<eos>` are three tokens of its own: with pad == eos a model never learns to stop
     (arXiv 2403.17031, detail 3). Its own call adds `<bos>`, as `encode_prompt` does. Few texts may give fewer
-    than `vocab_size` tokens. UserError: vocab_size below 256 bytes + 3.
+    than `vocab_size` tokens. turn_marks: two more tokens of its own, with which a turn of a conversation begins and ends; the
+    latter takes the place of `<eos>` as the end. UserError: vocab_size below 256 bytes and these marks.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = [PAD, BOS, EOS]
+    special = [PAD, BOS, EOS, *(turn_marks or ())]
     if vocab_size < BYTES + len(special):
-        raise UserError(f"vocab_size must be at least {BYTES + len(special)} (256 bytes and 3 marks), got {vocab_size}")
+        least = f"{BYTES + len(special)} (256 bytes and {len(special)} marks)"
+        raise UserError(f"vocab_size must be at least {least}, got {vocab_size}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -365,6 +549,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+    marks = {"pad_token": PAD, "bos_token": BOS, "eos_token": turn_marks[1] if turn_marks else EOS}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **marks, clean_up_tokenization_spaces=False)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf_fast import dpo_loss
 from rlhf_fast.train import checks, loop
+from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, read_preferences, split_heldout
@@ -102,10 +103,11 @@ def train(config: DPOConfig) -> Path:
     if finished:
         return out
     device = loop.pick_device(config.device)
-    rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows)
+    chat = Chat.of(config)
+    rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows, chat=chat)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
-    model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
+    model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device, chat=chat)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,

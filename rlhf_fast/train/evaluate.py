@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -21,6 +21,9 @@ from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.generate import Sample, generate
 from rlhf_fast.train.loop import NO_LIMIT, Z_95, Encoder, length_batches, pick_device, wilson_interval
 from rlhf_fast.train.model import context_length, load_policy, load_scalar_model, sequence_scores
+
+if TYPE_CHECKING:
+    from rlhf_fast.train.chat import Chat
 
 __all__ = [
     "Judge",
@@ -284,12 +287,13 @@ def _answer(
     batch_size: int,
     seed: int,
     device: str,
+    chat: Chat | None,
     picks: Judge | None = None,
     best_of: int = 1,
 ) -> _Replies:
     """Replies to `prompts`; of `best_of` to each the one that `picks` likes best."""
     where = pick_device(device)
-    model, tokenizer = load_policy(directory, device=where)
+    model, tokenizer = load_policy(directory, device=where, chat=chat)
     encoder = Encoder(model, tokenizer, max_prompt_tokens=max_prompt_tokens, max_response_tokens=response_length)
     encoded = [encoder.prompt(prompt) for prompt in prompts]
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
@@ -335,6 +339,7 @@ def compare_policies(
     samples: int = 24,
     seed: int = 0,
     device: str = "cpu",
+    chat: Chat | None = None,
 ) -> dict:
     """Both policies answer `prompts`, drawn at one `temperature` from the same seed; `judge` scores the answers.
 
@@ -344,6 +349,7 @@ def compare_policies(
     the judge.
     best_of: of so many replies of the second policy the one that the reward likes best is judged.
     kl: the sequence KL to the SFT model in nats, as PPO measured it last; copied into the result.
+    chat: what the prompts were rendered with, if they are conversations.
     samples: how many replies are kept as text, the first ones; besides them, up to 5 that lost the most.
 
     -> the content of evaluation.json: win rate with interval, mean scores, lengths in tokens, share of replies that
@@ -368,6 +374,7 @@ def compare_policies(
         "batch_size": batch_size,
         "seed": seed,
         "device": device,
+        "chat": chat,
     }
     replies = {
         "before": _answer(sft_dir, prompts, **sampling),

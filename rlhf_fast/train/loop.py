@@ -27,6 +27,11 @@ SMALL_MODEL = 5_000_000
 DEFAULT_THREADS = torch.get_num_threads()
 SCHEDULES = ("linear", "cosine", "constant")
 N_PLUS = "arXiv 2403.17031"  # Huang et al. 2024, whose settings are most of the defaults
+DATA = (
+    "JSONL (plain or gzipped) or Parquet file, or hub:OWNER/NAME[/CONFIG][:SPLIT]; a preference file serves every stage"
+)
+CHAT_TEMPLATE = "Jinja file with the form of conversations, in place of the tokenizer's own"
+SYSTEM_PROMPT = "message of the system for conversations that have none"
 CHECKS = "look for faults of models and data before the first step, which takes seconds"
 RESUME = "continue what was killed in output_dir; false: refuse a directory in use"
 SAVE_EVERY = "seconds between two checkpoints, more where they would take over 1 % of the time; 0: after every update"
@@ -42,9 +47,11 @@ class StageConfig:
     """The keys that every stage has."""
 
     model: str = required("directory (or Hugging Face name) of the model to start from", group="files")
-    data: str = required("JSONL file, plain or gzipped; a preference file serves every stage")
+    data: str = required(DATA)
     output_dir: str = required("new directory for the result, or that of the run to continue")
     bad_rows: str = option("stop", "what to do with rows that cannot be used", choices=("stop", "skip"))
+    chat_template: str | None = option(None, CHAT_TEMPLATE)
+    system_prompt: str | None = option(None, SYSTEM_PROMPT)
     heldout_fraction: float = option(0.05, "share of prompts that no stage trains on", minimum=0, maximum=0.9)
     split_seed: int = option(0, "chooses which prompts are held out; the same in every stage")
     seed: int = option(0, "seed of everything random", group="machine")
@@ -132,6 +139,10 @@ class Encoder:
             return ids
         self.truncated_prompts += 1
         return encode_prompt(self._tokenizer, text, self.max_prompt_tokens)
+
+    def beginning(self) -> list[int]:
+        """What stands in front of a text without a prompt."""
+        return [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
 
     def response(self, text: str) -> list[int]:
         ids = encode_response(self._tokenizer, text, NO_LIMIT)

@@ -23,6 +23,8 @@ from rlhf_fast.train.errors import UserError
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlhf_fast.train.chat import Chat
+
 PAD_TOKEN = "<pad>"
 HEAD_BIAS = "score.bias"
 
@@ -31,17 +33,19 @@ HEAD_BIAS = "score.bias"
 
 
 def load_policy(
-    name_or_dir: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu"
+    name_or_dir: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu", chat: Chat | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a directory or the local Hugging Face cache or hub.
 
     A tokenizer without a pad token, or whose pad token is its end token, is given one of its own (a policy whose
-    ends are masked as padding never learns to stop). UserError: no such directory, no config.json, no safetensors
-    weights, not a causal language model, weights missing, no tokenizer or one that does not belong to the model.
+    ends are masked as padding never learns to stop). chat: what the model's data were rendered with, if they are
+    conversations; the tokenizer gets its template and its end of a turn. UserError: no such directory, no config.json,
+    no safetensors weights, not a causal language model, weights missing, no tokenizer or one that does not belong to
+    the model.
     """
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = _load(AutoModelForCausalLM, name_or_dir, "a causal language model", dtype=dtype)
+    model, tokenizer = _load(AutoModelForCausalLM, name_or_dir, "a causal language model", dtype=dtype, chat=chat)
     return model.to(device), tokenizer
 
 
@@ -59,13 +63,15 @@ def load_scalar_model(
 
 
 def reward_from_policy(
-    directory: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu"
+    directory: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu", chat: Chat | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A policy's body under a new head with one output: weight drawn from N(0, 1/(d+1)), so std 1/sqrt(d+1), bias 0.
 
     Initialisation of Ziegler et al. 2019 (arXiv 1909.08593) and arXiv 2403.17031. Draws from torch's global generator.
+    chat: as of `load_policy`.
     """
-    model, tokenizer = _load_scalar(directory, "the body of a reward model", dtype=dtype, new=("score.weight",))
+    body = "the body of a reward model"
+    model, tokenizer = _load_scalar(directory, body, dtype=dtype, new=("score.weight",), chat=chat)
     nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     return model.to(device), tokenizer
 
@@ -133,10 +139,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_scalar(directory: str | Path, kind: str, *, dtype: str, new: tuple[str, ...] = ()) -> tuple[Any, Any]:
+def _load_scalar(
+    directory: str | Path, kind: str, *, dtype: str, new: tuple[str, ...] = (), chat: Chat | None = None
+) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
-    model, tokenizer = _load(AutoModelForSequenceClassification, directory, kind, dtype=dtype, new=new, num_labels=1)
+    options = {"dtype": dtype, "new": new, "chat": chat, "num_labels": 1}
+    model, tokenizer = _load(AutoModelForSequenceClassification, directory, kind, **options)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise UserError(f"model {directory} ({type(model).__name__}) has no head 'score' with one output per token")
@@ -146,12 +155,20 @@ def _load_scalar(directory: str | Path, kind: str, *, dtype: str, new: tuple[str
 
 
 def _load(
-    auto: Any, name_or_dir: str | Path, kind: str, *, dtype: str, new: tuple[str, ...] = (), **config: Any
+    auto: Any,
+    name_or_dir: str | Path,
+    kind: str,
+    *,
+    dtype: str,
+    new: tuple[str, ...] = (),
+    chat: Chat | None = None,
+    **config: Any,
 ) -> tuple[Any, Any]:
     """Model and tokenizer, checked against each other; the files need not have the weights `new`."""
     from safetensors import SafetensorError
 
-    tokenizer = _load_tokenizer(name_or_dir)
+    tokenizer = load_tokenizer(name_or_dir)
+    ends_anew = chat is not None and chat.adopt(tokenizer, name_or_dir)
     try:
         with quiet_transformers():
             model, loaded = auto.from_pretrained(
@@ -162,6 +179,9 @@ def _load(
     if missing := sorted(set(loaded["missing_keys"]) - set(new)):
         raise UserError(f"model {name_or_dir} is not {kind}: it has no weights for {', '.join(missing[:3])}")
     _add_pad_token(model, tokenizer, name_or_dir)
+    if ends_anew:
+        for settings in filter(None, (model.config, getattr(model, "generation_config", None))):
+            settings.eos_token_id = tokenizer.eos_token_id
     disable_dropout(model)
     return model, tokenizer
 
@@ -178,7 +198,8 @@ def _check_directory(name_or_dir: str | Path) -> None:
         raise UserError(f"model {path} has no .safetensors weights; other formats are not read, convert them first")
 
 
-def _load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, as its files have it. UserError: none, a damaged one, or one without an end token."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     _check_directory(name_or_dir)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
 from rlhf_fast.train import checks, group, loop
+from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
@@ -143,10 +144,11 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
     if finished:
         return out
     device = loop.pick_device(config.device)
-    rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows)
+    chat = Chat.of(config)
+    rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows, chat=chat)
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
-    models = load_models(config, reward, device)
+    models = load_models(config, reward, device, chat)
     loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
     others = [model for model in (models.value, models.reward) if isinstance(model, torch.nn.Module)]
@@ -278,15 +280,15 @@ def kl_estimator(config: PPOConfig) -> str:
     return group.KL_IN_LOSS if config.advantage == "grpo" else config.kl_estimator
 
 
-def load_models(config: PPOConfig, reward: Any, device: torch.device) -> Models:
+def load_models(config: PPOConfig, reward: Any, device: torch.device, chat: Chat | None = None) -> Models:
     """Policy and its frozen copy; reward model and, for gae, its copy that becomes the value model (N+, detail 22)."""
     places = {"dtype": config.dtype, "device": device}
-    policy, tokenizer = load_policy(config.model, **places)
-    reference, _ = load_policy(config.model, **places)
+    policy, tokenizer = load_policy(config.model, **places, chat=chat)
+    reference, _ = load_policy(config.model, **places, chat=chat)
     valued, value = config.advantage == "gae", None
     if reward is not None:
         if valued:
-            value, _ = reward_from_policy(config.model, **places)
+            value, _ = reward_from_policy(config.model, **places, chat=chat)
             torch.nn.init.zeros_(value.score.weight)
         return Models(policy, reference, value, make_reward(reward, tokenizer=tokenizer, device=device), tokenizer)
     reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)

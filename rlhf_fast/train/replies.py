@@ -27,8 +27,9 @@ class Example:
 
 
 def encode(encoder: Encoder, prompt: str, response: str) -> Example:
-    prompt_ids = encoder.prompt(prompt)
-    return Example(prompt_ids + encoder.response(response), start=len(prompt_ids))
+    prompt_ids = encoder.prompt(prompt) if prompt else encoder.beginning()
+    # The first token of all follows nothing, so there is no probability of it to learn.
+    return Example(prompt_ids + encoder.response(response), start=max(1, len(prompt_ids)))
 
 
 def reply_logprobs(

@@ -47,6 +47,7 @@ from rlhf_fast.train.checkpoint import (
 from rlhf_fast.train.config import flatten, to_dict
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.loop import Means, say
+from rlhf_fast.train.rows import is_hub
 
 if TYPE_CHECKING:
     from rlhf_fast.train.loop import StageConfig
@@ -64,6 +65,7 @@ FREE = {
     "data",
     "model",
     "reward_model",
+    "chat_template",
     "resume",
     "save_every",
     "keep_checkpoints",
@@ -244,16 +246,20 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
 
 
 def sources(config: StageConfig) -> dict[str, str]:
-    """Digests of the data and of the models that a config names; a model that is no directory stands for itself."""
+    """Digests of the data, the chat template and the models that a config names; what is no file stands for itself."""
     models = {key: getattr(config, key, None) for key in ("model", "reward_model")}
     try:
-        return {"data": digest(config.data)} | {key: _model_digest(name) for key, name in models.items() if name}
+        data = config.data if is_hub(config.data) else digest(config.data)
+        template = digest(config.chat_template) if config.chat_template else ""
+        found = {"data": data, "chat_template": template}
+        return found | {key: _model_digest(name) for key, name in models.items() if name}
     except OSError as error:
         raise UserError(f"{error.filename or config.data} cannot be read: {error.strerror}") from None
 
 
 def _model_digest(name: str) -> str:
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    kinds = ("*.safetensors", "chat_template.jinja")
+    files = [file for kind in kinds for file in sorted(Path(name).glob(kind))] if Path(name).is_dir() else []
     return " ".join(map(digest, files)) or name
 
 

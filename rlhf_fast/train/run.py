@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_fast.train import dpo, loop, ppo, reward, sft
+from rlhf_fast.train.chat import CHATML, TURN, TURN_END, Chat
 from rlhf_fast.train.checkpoint import (
     LOCK,
     WEIGHTS,
@@ -26,6 +27,7 @@ from rlhf_fast.train.checkpoint import (
 )
 from rlhf_fast.train.config import build, dump_yaml, flatten, keys, load_yaml, option, part, required, to_dict, validate
 from rlhf_fast.train.data import (
+    Conversation,
     Demonstration,
     Preference,
     read_demonstrations,
@@ -79,7 +81,7 @@ FROM_SCRATCH: dict[str, Any] = {
 class RunConfig:
     """SFT, then a reward model and PPO, or DPO, from one preference file."""
 
-    data: str = required("preference file: JSONL, plain or gzipped", group="files")
+    data: str = required("preferences: JSONL (plain or gzipped) or Parquet file, or hub:OWNER/NAME", group="files")
     output_dir: str = required("new directory for everything the run makes, or that of the run to continue")
     model: str | None = option(None, "directory (or Hugging Face name) to start from; none: a small new Llama")
     algorithm: str = option(
@@ -89,6 +91,8 @@ class RunConfig:
         choices=("ppo", "dpo"),
     )
     bad_rows: str = option("stop", "what to do with rows that cannot be used", choices=("stop", "skip"))
+    chat_template: str | None = option(None, loop.CHAT_TEMPLATE)
+    system_prompt: str | None = option(None, loop.SYSTEM_PROMPT)
     heldout_fraction: float = option(
         0.2, "share of prompts that no stage trains on; results are measured on them", above=0, maximum=0.9
     )
@@ -155,9 +159,14 @@ def run(
             stack.enter_context(taken(config, out))
             prepare()
         loop.pick_device(config.device)
-        train, _ = read_split(config, read_preferences if make_pairs is None else read_demonstrations, config.data)
+        read = read_preferences if make_pairs is None else read_demonstrations
         start, fresh = config.model or out / "base", config.model is None and not (out / "base" / WEIGHTS).is_file()
-        model, tokenizer = new_model(config, train) if fresh else load_policy(start, dtype=config.dtype)
+        if fresh:
+            model, tokenizer = new_model(config, read_split(config, read, config.data)[0])
+        chat = Chat.of(config, start, tokenizer if fresh else None)
+        read_split(config, read, config.data, chat)
+        if not fresh:
+            model, tokenizer = load_policy(start, dtype=config.dtype, chat=chat)
         for stage in (config.sft, *([config.reward] if needs_reward(config, judge) else []), last_stage(config)):
             validate(stage_config(config, stage))
             check_context(stage, model, tokenizer)
@@ -201,8 +210,8 @@ def _stages(
     if (out / EVALUATION).is_file():
         return
     say("evaluation: both policies answer the held-out prompts")
-    _, prompts = read_split(config, read_prompts, config.data)
-    _, preferences = read_split(config, read_preferences, pairs)
+    _, prompts = read_split(config, read_prompts, config.data, Chat.of(config, sft_dir))
+    _, preferences = read_split(config, read_preferences, pairs, Chat.of(config, sft_dir))
     evaluation = compare_policies(
         sft_dir,
         trained,
@@ -254,17 +263,25 @@ def taken(config: RunConfig, out: Path) -> Iterator[None]:
         yield
 
 
-def read_split(config: RunConfig, read: Callable, path: str | Path) -> tuple[list, list]:
+def read_split(config: RunConfig, read: Callable, path: str | Path, chat: Chat | None = None) -> tuple[list, list]:
     """(training rows, held-out rows) of a data file, by the split that every stage of the run makes."""
-    rows, _, _ = read(path, bad_rows=config.bad_rows)
+    rows, _, _ = read(path, bad_rows=config.bad_rows, chat=chat)
     return split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
 
 
 def new_model(
     config: RunConfig, rows: Sequence[Preference | Demonstration]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What SFT starts from where no model is given: a new Llama with a tokenizer made from the training rows."""
-    tokenizer = train_tokenizer((text for row in rows for text in texts(row)), config.vocab_size)
+    """What SFT starts from where no model is given: a new Llama with a tokenizer made from the training rows.
+
+    Where these are conversations, it writes them in ChatML, or in the template that the config names.
+    """
+    talks = any(isinstance(row.prompt, Conversation) for row in rows)
+    own = talks and config.chat_template is None
+    marks = {"turn_marks": (TURN, TURN_END)} if own else {}
+    tokenizer = train_tokenizer((text for row in rows for text in texts(row)), config.vocab_size, **marks)
+    if own:
+        tokenizer.chat_template = CHATML
     model = create_llama(
         tokenizer,
         hidden_size=config.hidden_size,
@@ -277,7 +294,8 @@ def new_model(
 
 
 def texts(row: Preference | Demonstration) -> list[str]:
-    return [row.prompt, row.response] if isinstance(row, Demonstration) else [row.prompt, row.chosen, row.rejected]
+    prompt = [x.content for x in row.prompt.messages] if isinstance(row.prompt, Conversation) else [row.prompt]
+    return [*prompt, *([row.response] if isinstance(row, Demonstration) else [row.chosen, row.rejected])]
 
 
 def check_context(stage: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

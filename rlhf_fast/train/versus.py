@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_fast.train import loop
+from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import claim_output, write_json
 from rlhf_fast.train.config import option, required, validate
 from rlhf_fast.train.data import read_prompts, split_heldout
@@ -21,7 +22,7 @@ class EvaluateConfig:
 
     before: str = required("directory of the policy to compare with", group="files")
     after: str = required("directory of the policy in question; the same one again, to see what best_of gives")
-    data: str = required("JSONL file with prompts")
+    data: str = required("file or hub data set with prompts, as for training")
     output_dir: str = required("new directory for evaluation.json")
     judge: str | None = option(None, f"who decides; none: the reward. {SPEC}", several=True, group="judge")
     reward: str | None = option(None, f"scores the replies and picks the best of n: {SPEC}", several=True)
@@ -29,6 +30,8 @@ class EvaluateConfig:
     bad_rows: str = option(
         "stop", "what to do with rows that cannot be used", choices=("stop", "skip"), group="prompts"
     )
+    chat_template: str | None = option(None, loop.CHAT_TEMPLATE)
+    system_prompt: str | None = option(None, loop.SYSTEM_PROMPT)
     heldout_fraction: float = option(
         0.05, "share of prompts that no stage trained on, which are asked; 0: all prompts", minimum=0, maximum=0.9
     )
@@ -47,7 +50,8 @@ def evaluate(config: EvaluateConfig, *, judge: Judge | PairJudge | None = None, 
     out, device = claim_output(config.output_dir), str(loop.pick_device(config.device))
     judge = make_reward(config.judge, device=device) if judge is None and config.judge else judge
     reward = make_reward(config.reward, device=device) if reward is None and config.reward else reward
-    rows, _, _ = read_prompts(config.data, bad_rows=config.bad_rows)
+    chat = Chat.of(config, config.before)
+    rows, _, _ = read_prompts(config.data, bad_rows=config.bad_rows, chat=chat)
     if config.heldout_fraction:
         rows = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)[1]
     result = compare_policies(
@@ -62,6 +66,7 @@ def evaluate(config: EvaluateConfig, *, judge: Judge | PairJudge | None = None, 
         temperature=config.temperature,
         seed=config.seed,
         device=device,
+        chat=chat,
     )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RESULT, result)

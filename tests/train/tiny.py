@@ -15,8 +15,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from rlhf_fast.train.chat import CHATML, TURN, TURN_END
 from rlhf_fast.train.data import train_tokenizer
 from rlhf_fast.train.loop import StageConfig
+from rlhf_fast.train.model import create_llama
 
 CONTEXT = 64
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "hill", "and", "was", "happy", "sad", "today"]
@@ -85,3 +87,32 @@ def read_log(directory: Path) -> list[dict]:
 def count_letters(responses: list[str]) -> list[int]:
     """A judge that has nothing to do with any reward model."""
     return [len(set(text)) for text in responses]
+
+
+def chat_tokenizer(end: str = TURN_END) -> PreTrainedTokenizerFast:
+    """Words, the marks of ChatML as tokens, and its template; `end` is the end token."""
+    made = train_tokenizer([" ".join(WORDS)] * 4, 290, turn_marks=(TURN, TURN_END))
+    made.chat_template, made.eos_token = CHATML, end
+    return made
+
+
+def save_chat_base(directory: Path, end: str = TURN_END, context: int = 256) -> Path:
+    """A random Llama whose tokenizer writes ChatML."""
+    words = chat_tokenizer(end)
+    made = create_llama(words, hidden_size=16, num_layers=2, num_heads=2, context_length=context, seed=0)
+    made.save_pretrained(directory)
+    words.save_pretrained(directory)
+    return directory
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
