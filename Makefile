@@ -4,7 +4,8 @@
 #   make test      the test suite, with the CUDA kernels emulated on the CPU
 #   make emulate   the op tests on the emulated kernels in three thread orders, under AddressSanitizer and UBSan
 #   make fuzz      N random calls an op (default 2000) against the float64 references, every wrong call, 2^31 tokens
-#   make soak      stages killed KILLS times (default 1000), checkpoints damaged in CASES ways (2000): the same bits, or a clear error
+#   make soak      stages killed KILLS times (default 1000), checkpoints damaged in CASES ways (2000): the same bits, or a clear error;
+#                  ROWS rows of users' data (20000), flawed in every way: named by line and field, or read
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
 #   make hacking   reward hacking provoked on three seeds, and the guard that has to stop it; five CPU-minutes
 #   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
@@ -22,6 +23,7 @@ PY := $(VENV)/bin/python
 N ?= 2000
 KILLS ?= 1000
 CASES ?= 2000
+ROWS ?= 20000
 # On machines without a GPU one architecture is enough to prove that the CUDA sources compile.
 export TORCH_CUDA_ARCH_LIST ?= $(if $(wildcard /dev/nvidia0),,9.0)
 export OMP_NUM_THREADS ?= 2
@@ -61,6 +63,7 @@ fuzz: install
 soak: install
 	$(PY) -m tests.train.kill --kills $(KILLS)
 	$(PY) -m tests.train.damage --cases $(CASES)
+	OMP_NUM_THREADS=1 $(PY) -m tests.train.bad_rows --rows $(ROWS)
 
 bench: install
 	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/last.json --benchmark-quiet

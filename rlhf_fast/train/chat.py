@@ -31,7 +31,6 @@ CHATML = (
 QUESTION, ANSWER = "What is asked?", "That which is answered."
 # Templates of the Llama 3 family write the day of the rendering unless told one; a run resumed tomorrow would read other tokens.
 FIXED = {"date_string": "26 Jul 2024"}
-REPLIES = ("chosen", "rejected", "response")
 SHOWN = 60
 
 Row = TypeVar("Row")
@@ -80,8 +79,12 @@ class Chat:
         for message in messages:
             self._check_marks(message.content, conversation.field)
         prompt = self._write(messages, conversation.field, add_generation_prompt=True)
-        fields = [field for field in REPLIES if hasattr(row, field)]
-        replies = {field: self._reply(messages, prompt, getattr(row, field), field) for field in fields}
+        keys = {"chosen": "chosen", "rejected": "rejected", "response": conversation.reply_field}
+        replies = {
+            name: self._reply(messages, prompt, getattr(row, name), key)
+            for name, key in keys.items()
+            if hasattr(row, name)
+        }
         return dataclasses.replace(row, prompt=Rendered(prompt, conversation.messages), **replies)
 
     def _with_system(self, conversation: Conversation) -> tuple[Message, ...]:

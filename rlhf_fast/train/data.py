@@ -62,10 +62,11 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt in messages. field: the key it was read from."""
+    """A prompt in messages. field, reply_field: the keys that it and a reply to imitate were read from."""
 
     messages: tuple[Message, ...]
     field: str = dataclasses.field(default="messages", compare=False)
+    reply_field: str = dataclasses.field(default="completion", compare=False)
 
 
 class Rendered(str):
@@ -160,26 +161,35 @@ def read_preferences(
     the usable ones. chat: renders conversations to text; without it their prompts stay a `Conversation`.
     UserError in any case: what `rows` cannot read, an empty file, no usable row, a chat template that does not fit.
     """
-    return _read(path, _preference, bad_rows, chat)
+    return _read(path, _preference, lambda row: row, bad_rows, chat)
 
 
 def read_demonstrations(
     path: str | Path, *, bad_rows: str = "stop", chat: Chat | None = None
 ) -> tuple[list[Demonstration], tuple[BadRow, ...], int]:
     """As `read_preferences`, for demonstrations; of a preference pair that is the chosen reply."""
-    return _read(path, _demonstration, bad_rows, chat)
+
+    def narrow(row: Preference | Demonstration) -> Demonstration:
+        return Demonstration(row.prompt, row.chosen, row.line) if isinstance(row, Preference) else row
+
+    return _read(path, _demonstration, narrow, bad_rows, chat)
 
 
 def read_prompts(
     path: str | Path, *, bad_rows: str = "stop", chat: Chat | None = None
 ) -> tuple[list[Prompt], tuple[BadRow, ...], int]:
     """As `read_preferences`, for prompts; preference and demonstration files give theirs."""
-    return _read(path, _prompt, bad_rows, chat)
+    return _read(path, _prompt, lambda row: Prompt(row.prompt, row.line), bad_rows, chat)
 
 
 def _read(
-    path: str | Path, parse: Callable[[dict, int], Row], bad_rows: str, chat: Chat | None
-) -> tuple[list, tuple, int]:
+    path: str | Path,
+    parse: Callable[[dict, int], Any],
+    narrow: Callable[[Any], Row],
+    bad_rows: str,
+    chat: Chat | None,
+) -> tuple[list[Row], tuple[BadRow, ...], int]:
+    """A row is narrowed to what a stage reads once all of it was looked at: a flawed pair is flawed in every stage."""
     if bad_rows not in ("stop", "skip"):
         raise UserError(f"bad_rows must be stop or skip, got {bad_rows!r}")
     usable: list[Row] = []
@@ -190,7 +200,9 @@ def _read(
             if isinstance(found, Flaw):
                 raise found
             row = parse(found, number)
-            usable.append(chat.render(row, path) if chat is not None and isinstance(row.prompt, Conversation) else row)
+            if chat is not None and isinstance(row.prompt, Conversation):
+                row = chat.render(row, path)
+            usable.append(narrow(row))
         except Flaw as flaw:
             flawed.append(BadRow(str(path), number, flaw.field, flaw.reason))
     rows_read, listing = len(usable) + len(flawed), _listing(flawed, source.unit)
@@ -249,7 +261,7 @@ def _pair(row: dict) -> tuple[str | Conversation, str, str]:
     if isinstance(row.get("prompt"), list):
         return _asked(row, "prompt"), _answer(row, "chosen"), _answer(row, "rejected")
     # Beside whole conversations a prompt in text repeats the question; TRL's maybe_extract_prompt passes over it too.
-    if all(lists) or (any(lists) and "prompt" not in row):
+    if (all(lists) and isinstance(row.get("prompt", ""), str)) or (any(lists) and "prompt" not in row):
         return _common_messages(row)
     if "prompt" in row:
         return _text(row, "prompt"), *(_text(row, field, "the reply is empty") for field in ("chosen", "rejected"))
@@ -402,13 +414,16 @@ def _whole(row: dict, field: str) -> tuple[Conversation, str]:
     _refuse_unread(row, UNREAD)
     messages = _messages(row, field)
     reply = _reply(messages[-1], field)
-    return _ending_with_user(messages[:-1], field), reply
+    return dataclasses.replace(_ending_with_user(messages[:-1], field), reply_field=field), reply
 
 
-def _demonstration(row: dict, line: int) -> Demonstration:
-    if "chosen" in row:
-        pair = _preference(row, line)
-        return Demonstration(pair.prompt, pair.chosen, line)
+def _is_pair(row: dict) -> bool:
+    return "chosen" in row or "rejected" in row
+
+
+def _demonstration(row: dict, line: int) -> Preference | Demonstration:
+    if _is_pair(row):
+        return _preference(row, line)
     if row.get("label") is False:
         raise Flaw("label", "is false: a reply that was not liked is nothing to imitate; leave such rows out")
     if "messages" in row:
@@ -417,17 +432,17 @@ def _demonstration(row: dict, line: int) -> Demonstration:
         return Demonstration("", _text(row, "text"), line)
     field = "response" if "response" in row else "completion"
     if isinstance(row.get("prompt"), list):
-        return Demonstration(_asked(row, "prompt"), _answer(row, field), line)
+        prompt = dataclasses.replace(_asked(row, "prompt"), reply_field=field)
+        return Demonstration(prompt, _answer(row, field), line)
     return Demonstration(_text(row, "prompt"), _text(row, field, empty="the reply is empty"), line)
 
 
-def _prompt(row: dict, line: int) -> Prompt:
-    if "chosen" in row:
-        return Prompt(_preference(row, line).prompt, line)
+def _prompt(row: dict, line: int) -> Preference | Demonstration | Prompt:
+    if _is_pair(row):
+        return _preference(row, line)
     if "messages" in row:
-        messages = _messages(row, "messages")
-        answered = messages[-1].role == "assistant"
-        return Prompt(_whole(row, "messages")[0] if answered else _asked(row, "messages"), line)
+        answered = _messages(row, "messages")[-1].role == "assistant"
+        return Demonstration(*_whole(row, "messages"), line) if answered else Prompt(_asked(row, "messages"), line)
     return Prompt(_asked(row, "prompt") if isinstance(row.get("prompt"), list) else _text(row, "prompt"), line)
 
 
