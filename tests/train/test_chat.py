@@ -1,6 +1,8 @@
 """Conversations: rendered as the tokenizer's template has it, trained, sampled and judged in every stage."""
 
+import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from tiny import assistant, user
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_fast.train import dpo, ppo, reward, sft
+from rlhf_fast.train import dpo, loop, ppo, reward, sft
 from rlhf_fast.train.chat import TURN_END, Chat
 from rlhf_fast.train.data import (
     Conversation,
@@ -268,8 +270,6 @@ class SimpleJudge:
 
 
 def test_policies_with_two_templates_are_not_compared(trained, talk, tmp_path):
-    import shutil
-
     shutil.copytree(trained["ppo"], tmp_path / "other")
     (tmp_path / "other" / "chat_template.jinja").write_text(STRICT)
     config = EvaluateConfig(
@@ -321,6 +321,29 @@ def test_a_finished_stage_is_another_with_another_template(talk, tmp_path):
     template(tmp_path, STRICT.replace("<|im_end|>", "<|im_end|>\n"))
     refused("'chat_template' has changed since", sft.train, config)
     refused("system_prompt .was None, now ran", sft.train, sft.SFTConfig(**(vars(config) | {"system_prompt": "ran"})))
+
+
+def test_an_interrupted_stage_ends_with_the_same_bits_or_refuses_other_conversations(talk, tmp_path, monkeypatch):
+    settings = {"batch_size": 4, "save_every": 0.0, "learning_rate": 1e-2, "system_prompt": "ran"}
+    whole = sft.train(sft.SFTConfig(**places(talk, tmp_path / "whole", **settings)))
+    config, step, calls = sft.SFTConfig(**places(talk, tmp_path / "cut", **settings)), loop.clip_and_step, []
+
+    def stop(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(loop, "clip_and_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(config)
+    monkeypatch.undo()
+    rows = (talk / "pairs.jsonl").read_text()
+    tiny.write_rows(tmp_path / "other", [json.loads(x.replace("cat 3", "dog 3")) for x in rows.splitlines()])
+    refused("began with other inputs", sft.train, dataclasses.replace(config, data=str(tmp_path / "other")))
+    out = sft.train(config)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert json.loads((out / "stage.json").read_text())["resumed_at"] == [3]
 
 
 def test_texts_without_a_prompt_are_learnt_whole(base, tmp_path, monkeypatch):

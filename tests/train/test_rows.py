@@ -80,7 +80,7 @@ def test_parquet_is_recognised_by_its_content_and_counted_in_rows(tmp_path):
     rows, (bad,), read = read_preferences(path, bad_rows="skip")
     assert rows == [Preference("Name a colour.", "Red.", "No.", line) for line in (1, 2)] and read == 3
     assert (bad.line, bad.field, bad.reason) == (3, "prompt", "not text but null")
-    assert "1 of 3 rows cannot be used; row 3: field 'prompt'" in refused("", read_preferences, path)
+    assert "1 of 3 rows cannot be used; row 3: field 'prompt'" in refused("row 3", read_preferences, path)
 
 
 def test_parquet_holds_conversations(tmp_path):
