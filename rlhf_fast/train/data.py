@@ -37,8 +37,6 @@ from rlhf_fast.train.rows import WHOLE_ROW, Flaw, open_rows, type_name
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-    from rlhf_fast.train.chat import Chat
-
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -149,11 +147,21 @@ class HasPrompt(Protocol):
 Row = TypeVar("Row", bound=HasPrompt)
 
 
+class Renderer(Protocol):
+    """What writes the conversations of a file as text for a model; it is `chat.Chat`."""
+
+    def render(self, row: Row, path: str | Path) -> Row: ...
+
+    def check_read(self, path: str | Path) -> None: ...
+
+    def adopt(self, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> bool: ...
+
+
 # ---------------------------------------------------------------- reading
 
 
 def read_preferences(
-    path: str | Path, *, bad_rows: str = "stop", chat: Chat | None = None
+    path: str | Path, *, bad_rows: str = "stop", chat: Renderer | None = None
 ) -> tuple[list[Preference], tuple[BadRow, ...], int]:
     """Preference pairs of a file or data set (see `rows`) → (usable rows, flawed rows, number of rows read).
 
@@ -165,7 +173,7 @@ def read_preferences(
 
 
 def read_demonstrations(
-    path: str | Path, *, bad_rows: str = "stop", chat: Chat | None = None
+    path: str | Path, *, bad_rows: str = "stop", chat: Renderer | None = None
 ) -> tuple[list[Demonstration], tuple[BadRow, ...], int]:
     """As `read_preferences`, for demonstrations; of a preference pair that is the chosen reply."""
 
@@ -176,7 +184,7 @@ def read_demonstrations(
 
 
 def read_prompts(
-    path: str | Path, *, bad_rows: str = "stop", chat: Chat | None = None
+    path: str | Path, *, bad_rows: str = "stop", chat: Renderer | None = None
 ) -> tuple[list[Prompt], tuple[BadRow, ...], int]:
     """As `read_preferences`, for prompts; preference and demonstration files give theirs."""
     return _read(path, _prompt, lambda row: Prompt(row.prompt, row.line), bad_rows, chat)
@@ -187,7 +195,7 @@ def _read(
     parse: Callable[[dict, int], Any],
     narrow: Callable[[Any], Row],
     bad_rows: str,
-    chat: Chat | None,
+    chat: Renderer | None,
 ) -> tuple[list[Row], tuple[BadRow, ...], int]:
     """A row is narrowed to what a stage reads once all of it was looked at: a flawed pair is flawed in every stage."""
     if bad_rows not in ("stop", "skip"):

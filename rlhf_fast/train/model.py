@@ -23,7 +23,7 @@ from rlhf_fast.train.errors import UserError
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlhf_fast.train.chat import Chat
+    from rlhf_fast.train.data import Renderer
 
 PAD_TOKEN = "<pad>"
 HEAD_BIAS = "score.bias"
@@ -33,7 +33,7 @@ HEAD_BIAS = "score.bias"
 
 
 def load_policy(
-    name_or_dir: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu", chat: Chat | None = None
+    name_or_dir: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu", chat: Renderer | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a directory or the local Hugging Face cache or hub.
 
@@ -63,7 +63,7 @@ def load_scalar_model(
 
 
 def reward_from_policy(
-    directory: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu", chat: Chat | None = None
+    directory: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu", chat: Renderer | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A policy's body under a new head with one output: weight drawn from N(0, 1/(d+1)), so std 1/sqrt(d+1), bias 0.
 
@@ -140,7 +140,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _load_scalar(
-    directory: str | Path, kind: str, *, dtype: str, new: tuple[str, ...] = (), chat: Chat | None = None
+    directory: str | Path, kind: str, *, dtype: str, new: tuple[str, ...] = (), chat: Renderer | None = None
 ) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
@@ -161,7 +161,7 @@ def _load(
     *,
     dtype: str,
     new: tuple[str, ...] = (),
-    chat: Chat | None = None,
+    chat: Renderer | None = None,
     **config: Any,
 ) -> tuple[Any, Any]:
     """Model and tokenizer, checked against each other; the files need not have the weights `new`."""
