@@ -20,6 +20,7 @@ LAYERS = [
     "train.generate",
     "train.checkpoint",
     "train.loop",
+    "train.trl",
     "train.finite",
     "train.replies",
     "train.resume",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -214,10 +214,12 @@ def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, wa
     return peak * {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[schedule]
 
 
-def adamw(models: Sequence[nn.Module], *, weight_decay: float, epsilon: float) -> torch.optim.AdamW:
-    """AdamW over all parameters of `models`; the learning rate is set before every step."""
-    parameters = [parameter for model in models for parameter in model.parameters()]
-    return torch.optim.AdamW(parameters, lr=0.0, eps=epsilon, weight_decay=weight_decay, fused=True)
+def adamw(
+    models: Iterable[nn.Module], *, weight_decay: float, epsilon: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.AdamW:
+    """AdamW over all parameters of `models`, a group each; the learning rates are set before every step."""
+    groups = [{"params": list(model.parameters())} for model in models]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True)
 
 
 def clip_and_step(
@@ -225,12 +227,13 @@ def clip_and_step(
     models: Mapping[str, nn.Module],
     losses: Mapping[str, Tensor],
     *,
-    rate: float,
+    rate: float | Sequence[float],
     max_grad_norm: float,
     where: str,
 ) -> dict[str, Tensor]:
     """Clip each model's gradient to `max_grad_norm` (0: never), update all, clear the gradients. Returns the norms.
 
+    rate: the learning rate, or one for each group of the optimizer.
     NotFinite, before any parameter has changed, if a loss or gradient is not finite: it names `where` (stage and
     step) and the tensor.
     """
@@ -242,8 +245,9 @@ def clip_and_step(
     for name, model in models.items():
         if max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norms[name])
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    groups = optimizer.param_groups
+    for group, own in zip(groups, rate if isinstance(rate, Sequence) else [rate] * len(groups), strict=True):
+        group["lr"] = own
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms

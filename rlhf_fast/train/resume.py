@@ -64,6 +64,7 @@ FREE = {
     "data",
     "model",
     "reward_model",
+    "ptx_data",
     "resume",
     "save_every",
     "keep_checkpoints",
@@ -72,7 +73,7 @@ FREE = {
 }
 FREE_ON_MACHINE = {"device", "threads"}  # what they lead to is compared
 # These add up the same numbers in another order: allowed, so that a run may go on with less memory, and said.
-ROUNDING = {"micro_batch_size", "full_logits"}
+ROUNDING = {"micro_batch_size", "rollout_micro_batch_size", "full_logits"}
 
 
 class Damaged(UserError):

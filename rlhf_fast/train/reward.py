@@ -57,6 +57,9 @@ class RewardConfig(loop.StageConfig):
     center_coef: float = option(
         0.0, "weight of (chosen + rejected)^2 in the loss", minimum=0, source="arXiv 2312.09244"
     )
+    head_init_std: float | None = option(
+        None, "standard deviation of the new head's weights; none: 1/sqrt(width + 1)", above=0, source=loop.N_PLUS
+    )
     normalize_samples: int = option(
         256, "policy replies to normalise on; 0: do not", minimum=0, source="arXiv 1909.08593", group="normalisation"
     )
@@ -88,7 +91,7 @@ def train(config: RewardConfig) -> Path:
     rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
-    model, tokenizer = reward_from_policy(config.model, dtype=config.dtype, device=device)
+    model, tokenizer = reward_from_policy(config.model, dtype=config.dtype, device=device, std=config.head_init_std)
     policy, _ = load_policy(config.model, dtype=config.dtype, device=device)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
