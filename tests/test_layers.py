@@ -19,6 +19,7 @@ LAYERS = [
     "train.policy",
     "train.generate",
     "train.checkpoint",
+    "train.trackers",
     "train.loop",
     "train.trl",
     "train.finite",

@@ -17,6 +17,8 @@ from rlhf_fast.train.config import option, required
 from rlhf_fast.train.data import encode_prompt, encode_response
 from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.model import context_length
+from rlhf_fast.train.trackers import REPORT_TO
+from rlhf_fast.train.trackers import check as check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +54,7 @@ class StageConfig:
     dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
     checks: bool = option(True, CHECKS)
+    report_to: str = option("tensorboard", REPORT_TO, several=True, check=check_trackers, group="trackers")
     resume: bool = option(True, RESUME, group="checkpoints")
     save_every: float = option(30.0, SAVE_EVERY, minimum=0)
     keep_checkpoints: int = option(2, KEEP_CHECKPOINTS, minimum=1)

@@ -61,6 +61,8 @@ OF_VALUES = (
 UNREAD = {"gae": ("group_size",), "grpo": OF_VALUES, "rloo": OF_VALUES}
 INSTRUCT_GPT, MOSS = "arXiv 2203.02155", "arXiv 2307.04964"
 SMALLEST_SCALE = 1e-6
+SHOWN = ("objective/scores", "objective/kl", "policy/entropy_avg", "eval/win_rate")
+WRITTEN = 16  # completions
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,13 @@ class PPOConfig(loop.StageConfig):
         source=f"{INSTRUCT_GPT}, which uses 0.992",
     )
     full_logits: bool = option(False, FULL_LOGITS)
+    num_sample_generations: int = option(
+        10,
+        "how many times in all some replies are shown as a table and written to completions.jsonl and the trackers",
+        minimum=0,
+        source="TRL 1.12",
+        group="log",
+    )
     eval_every: int = option(
         0, "updates between two judgements against the start on held-out prompts; 0: none", minimum=0, group="judge"
     )
@@ -311,7 +320,9 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
             if guard and (update % config.eval_every == 0 or update == updates):
                 results |= guard.look(update)
                 alarm = guard.alarm()
-            stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg", "eval/win_rate"))
+            shown = update * config.num_sample_generations // updates
+            told = completions(experience) if shown > (update - 1) * config.num_sample_generations // updates else ()
+            stage.log(update, results, show=SHOWN, completions=told)
             so_far.kl_coef, so_far.results = adapted(so_far.kl_coef, results["objective/kl"], config), results
             if alarm:
                 loop.say(f"ppo update {update}: over-optimisation: {alarm}")
@@ -703,6 +714,13 @@ def describe(batch: Advantaged, kl_estimator: str) -> dict[str, float]:
     replies = [sample.response for sample in rollout.samples]
     distinct = {f"response/distinct_{n}": distinct_n(replies, n) for n in (1, 2)}
     return means.take() | distinct | {"objective/kl_coef": batch.kl_coef}
+
+
+def completions(batch: Advantaged) -> list[dict[str, Any]]:
+    """The first replies of an update, with their scores."""
+    scored = batch.scored
+    rows = zip(scored.rollout.samples[:WRITTEN], scored.scores[:WRITTEN].tolist(), strict=True)
+    return [{"score": score, **dataclasses.asdict(sample)} for sample, score in rows]
 
 
 def adapted(kl_coef: float, kl: float, config: PPOConfig) -> float:

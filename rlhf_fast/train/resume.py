@@ -69,6 +69,8 @@ FREE = {
     "save_every",
     "keep_checkpoints",
     "logging_steps",
+    "report_to",
+    "num_sample_generations",
     "checks",
 }
 FREE_ON_MACHINE = {"device", "threads"}  # what they lead to is compared
