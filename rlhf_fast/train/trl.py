@@ -30,6 +30,9 @@ COMBINED = {
     "use_cpu": "device",
     "resume_from_checkpoint": "resume",
 }
+ABSENT = (None, False, "", "no", "none", {}, [])
+SHOWN = 8
+HIDDEN_STOP = "<STOP_TOKEN>"  # TrainingArguments.to_dict hides every key that ends in _token
 WARM_CONSTANT = "constant_with_warmup"  # our constant, which has warmup_steps as well
 
 
@@ -209,6 +212,10 @@ class Names:
         ours = {name: value for name, value in given.items() if name not in self.names}
         notes: list[str] = []
         _refuse(foreign, where)
+        if ours.get("stop_token") == HIDDEN_STOP:
+            raise UserError(
+                f"{where}: 'stop_token' {HIDDEN_STOP} stands for a text that transformers hides in a dump; give it"
+            )
         for name, key in RENAMED.items():
             if foreign.get(name) is not None:
                 value = "constant" if foreign[name] == WARM_CONSTANT else foreign[name]
@@ -217,8 +224,10 @@ class Names:
         _epochs(foreign, ours, where, notes)
         _machine(foreign, ours, where, notes)
         _missing_end(bool(foreign), ours, notes)
-        if idle := [name for name in foreign if name in IDLE]:
-            notes.append(f"without effect here: {', '.join(idle)}")
+        idle = [name for name, value in foreign.items() if name in IDLE and not _among(value, ABSENT)]
+        if idle:
+            more = f" and {len(idle) - SHOWN} more" if len(idle) > SHOWN else ""
+            notes.append(f"without effect here: {', '.join(idle[:SHOWN])}{more}")
         if notes:
             say(f"{where}: names of TRL's PPOConfig: {'; '.join(notes)}")
         return ours
