@@ -60,7 +60,7 @@ class RunLog:
         self._file = self._path.open("a", encoding="utf-8")
         entries = [_entry(json.loads(line), replies) for line in text.splitlines()]
         with undisturbed():
-            self._trackers = open_trackers(report_to, directory, title, config or {}, done, entries)
+            self._trackers = open_trackers(report_to, directory, title, config or {}, entries)
 
     def _keep_replies(self, done: int) -> dict[int, list[dict[str, Any]]]:
         """Forget the replies of later steps -> those of the first `done` by step."""
@@ -88,11 +88,6 @@ class RunLog:
         values = {name: float(value) for name, value in metrics.items()}
         with undisturbed():
             tell(self._trackers, [Entry(step, values, completions)])
-
-    def flush(self) -> None:
-        """What was logged so far outlives this process, with the trackers that can be told so."""
-        for tracker in self._trackers:
-            tracker.flush()
 
     def text(self) -> bytes:
         """What `log.jsonl` holds."""
@@ -267,7 +262,6 @@ class Stage:
 
     def _save(self) -> None:
         start = time.perf_counter()
-        self._log.flush()
         self._checkpoints.save(Record(self._started, self._resumed_at, **self._clocks(), log=self._log.text()))
         self._saved_at = time.perf_counter()
         self._save_seconds, self._saves = self._save_seconds + self._saved_at - start, self._saves + 1

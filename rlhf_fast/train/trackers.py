@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class RunInfo:
     directory: Path
     name: str
     config: Mapping[str, Any]
-    done: int  # steps, by processes before this one
+    log: Sequence[Entry]  # by processes before this one
 
 
 class Tracker(Protocol):
@@ -57,8 +58,6 @@ class Tracker(Protocol):
     last: int  # the last step that it holds already
 
     def log(self, entry: Entry) -> None: ...
-
-    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -82,10 +81,10 @@ def check(report_to: str) -> None:
             raise UserError(f"{name} is not installed; pip install {NEEDS[name]}, or leave it out")
 
 
-def run_name(directory: Path, stage: str, done: int) -> str:
+def run_name(directory: Path, stage: str, continued: bool) -> str:
     """What the trackers call the run in `directory`: kept there, and new where a run begins anew."""
     path = directory / NAME
-    if done and path.is_file():
+    if continued and path.is_file():
         return read_json(path)["name"]
     name = f"{directory.resolve().name}-{stage}-{uuid.uuid4().hex[:8]}"
     write_json(path, {"name": name})
@@ -93,12 +92,12 @@ def run_name(directory: Path, stage: str, done: int) -> str:
 
 
 def open_trackers(
-    report_to: str, directory: Path, stage: str, config: Mapping[str, Any], done: int, log: Iterable[Entry]
+    report_to: str, directory: Path, stage: str, config: Mapping[str, Any], log: Sequence[Entry]
 ) -> list[Tracker]:
-    """The trackers named in `report_to`, told what they lack of `log`, the first `done` steps."""
+    """The trackers named in `report_to`, told what they lack of `log`."""
     names = parse(report_to)
     named = {"wandb", "trackio"} & set(names)
-    info = RunInfo(directory, run_name(directory, stage, done) if named else stage, config, done)
+    info = RunInfo(directory, run_name(directory, stage, continued=bool(log)) if named else stage, config, log)
     opened: list[Tracker] = []
     try:
         for name in names:
@@ -123,24 +122,24 @@ def tell(trackers: Iterable[Tracker], log: Iterable[Entry]) -> None:
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`: whatever a killed process wrote behind the checkpoint is marked as void."""
+    """Event files in `tensorboard/`, made anew whenever a run is continued: TensorBoard would show repeated texts twice."""
 
     def __init__(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         place = info.directory / "tensorboard"
-        # What comes before a checkpoint was flushed with it.
-        self.last = info.done if place.is_dir() and any(place.iterdir()) else 0
-        self._writer = SummaryWriter(str(place), purge_step=info.done + 1)
+        for file in place.glob("events.out.tfevents.*"):
+            file.unlink()
+        self.last = 0
+        self._writer = SummaryWriter(str(place))
+        self._began = time.time() - (info.log[-1].metrics.get("seconds", 0.0) if info.log else 0.0)
 
     def log(self, entry: Entry) -> None:
+        when = self._began + entry.metrics["seconds"] if "seconds" in entry.metrics else None
         for name, value in entry.metrics.items():
-            self._writer.add_scalar(name, value, entry.step)
+            self._writer.add_scalar(name, value, entry.step, walltime=when)
         if entry.completions:
-            self._writer.add_text("completions", markdown(*entry.table()), entry.step)
-
-    def flush(self) -> None:
-        self._writer.flush()
+            self._writer.add_text("completions", markdown(*entry.table()), entry.step, walltime=when)
 
     def close(self) -> None:
         self._writer.close()
@@ -175,9 +174,6 @@ class Csv:
             if header:
                 writer.writeheader()
             writer.writerows(rows)
-
-    def flush(self) -> None:
-        pass
 
     def close(self) -> None:
         pass
@@ -214,9 +210,6 @@ class WandB:
         told = {"completions": self._table(columns=columns, data=rows)} if rows else {}
         self._run.log({**entry.metrics, **told}, step=entry.step)
 
-    def flush(self) -> None:
-        pass
-
     def close(self) -> None:
         self._run.finish()
 
@@ -241,9 +234,6 @@ class Trackio:
         columns, rows = entry.table() if entry.completions else ([], [])
         told = {"completions": self._table(columns=columns, data=rows)} if rows else {}
         self._run.log({**entry.metrics, **told}, step=entry.step)
-
-    def flush(self) -> None:
-        pass
 
     def close(self) -> None:
         self._finish()
