@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SMALL_MODEL = 5_000_000
 DEFAULT_THREADS = torch.get_num_threads()
 SCHEDULES = ("linear", "cosine", "constant")
+CLIPPED_BY = "OpenRLHF, verl, NeMo-RL; none in arXiv 2403.17031"
 N_PLUS = "arXiv 2403.17031"  # Huang et al. 2024, whose settings are most of the defaults
 CHECKS = "look for faults of models and data before the first step, which takes seconds"
 RESUME = "continue what was killed in output_dir; false: refuse a directory in use"

@@ -164,7 +164,9 @@ class PPOConfig(loop.StageConfig):
     adam_beta1: float = option(0.9, "first beta of AdamW", minimum=0, maximum=0.9999999, source=loop.N_PLUS)
     adam_beta2: float = option(0.999, "second beta of AdamW", minimum=0, maximum=0.9999999, source=loop.N_PLUS)
     adam_epsilon: float = option(1e-5, "epsilon of AdamW", above=0, source=loop.N_PLUS)
-    max_grad_norm: float = option(1.0, "the norm of each model's gradient is clipped to this; 0: never", minimum=0)
+    max_grad_norm: float = option(
+        1.0, "the norm of each model's gradient is clipped to this; 0: never", minimum=0, source=loop.CLIPPED_BY
+    )
     cliprange: float = option(0.2, "policy ratio is clipped to 1 +- this", above=0, maximum=1, source=loop.N_PLUS)
     cliprange_high: float | None = option(
         None, "upper side of cliprange; none: the same", above=0, source="DAPO, arXiv 2503.14476, which uses 0.28"
@@ -180,8 +182,10 @@ class PPOConfig(loop.StageConfig):
     )
     cliprange_value: float | None = option(0.2, "values move at most this; none: freely", above=0, source=loop.N_PLUS)
     vf_coef: float = option(0.1, "weight of the value loss", minimum=0, source=loop.N_PLUS)
-    entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
-    target_kl: float | None = option(None, "end the passes of an update once approxkl is above this", above=0)
+    entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0, source="arXiv 1707.06347")
+    target_kl: float | None = option(
+        None, "end the passes of an update once approxkl is above this", above=0, source="OpenAI Spinning Up"
+    )
     ptx_coef: float = option(
         0.0,
         "weight of the loss of written replies, as many a step as rollouts",
@@ -320,8 +324,7 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
             if guard and (update % config.eval_every == 0 or update == updates):
                 results |= guard.look(update)
                 alarm = guard.alarm()
-            shown = update * config.num_sample_generations // updates
-            told = completions(experience) if shown > (update - 1) * config.num_sample_generations // updates else ()
+            told = completions(experience) if is_told(update, updates, config.num_sample_generations) else ()
             stage.log(update, results, show=SHOWN, completions=told)
             so_far.kl_coef, so_far.results = adapted(so_far.kl_coef, results["objective/kl"], config), results
             if alarm:
@@ -714,6 +717,11 @@ def describe(batch: Advantaged, kl_estimator: str) -> dict[str, float]:
     replies = [sample.response for sample in rollout.samples]
     distinct = {f"response/distinct_{n}": distinct_n(replies, n) for n in (1, 2)}
     return means.take() | distinct | {"objective/kl_coef": batch.kl_coef}
+
+
+def is_told(update: int, updates: int, times: int) -> bool:
+    """Whether this update's replies are shown, of `times` spread evenly over all updates, the last among them."""
+    return update * times // updates > (update - 1) * times // updates
 
 
 def completions(batch: Advantaged) -> list[dict[str, Any]]:

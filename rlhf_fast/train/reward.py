@@ -53,7 +53,9 @@ class RewardConfig(loop.StageConfig):
     warmup_steps: int = option(0, "updates over which the rate rises", minimum=0)
     weight_decay: float = option(0.01, "decoupled weight decay of AdamW", minimum=0)
     adam_epsilon: float = option(1e-5, "epsilon of AdamW", above=0, source=loop.N_PLUS)
-    max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this; 0: never", minimum=0)
+    max_grad_norm: float = option(
+        1.0, "the gradient's norm is clipped to this; 0: never", minimum=0, source=loop.CLIPPED_BY
+    )
     center_coef: float = option(
         0.0, "weight of (chosen + rejected)^2 in the loss", minimum=0, source="arXiv 2312.09244"
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.train import loop, ppo, reward, rollout, sft
+from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import keys
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import distinct_n
@@ -723,6 +725,147 @@ def test_a_reward_model_with_another_tokenizer_is_refused(files, tmp_path):
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"tokenizers of .* differ"):
         ppo.train(stage_config(files, tmp_path / "ppo", reward_model=str(tmp_path / "other")))
+
+
+@pytest.fixture(scope="module")
+def reward_dir(files):
+    made = files / "reward-model"
+    model, tokenizer = reward_from_policy(files / "base")
+    save_model(made, model, tokenizer)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"missing_eos": "none", "min_response_length": 3}, "takes the penalty of missing_eos, which is none"),
+        ({"min_response_length": 13}, "'min_response_length' 13 is longer than 'response_length' 12"),
+        ({"stop_token": None}, "without 'stop_token' no reply ends, so set missing_eos none"),
+        ({"stop_token": "the cat"}, "stop_token 'the cat' is not one token of this tokenizer but"),
+        ({"ptx_data": "x.jsonl"}, "'ptx_data' is read with a 'ptx_coef' above 0 alone"),
+        ({"ptx_coef": 1.0, "ptx_data": "/nowhere.jsonl"}, "does not exist"),
+        ({"critic_warmup": 3}, "'critic_warmup' 3 leaves the policy none of the 3 updates"),
+        (
+            {"advantage": "rloo", "group_size": 2, "critic_warmup": 1},
+            "'critic_warmup' means nothing with advantage rloo",
+        ),
+        (
+            {"advantage": "grpo", "group_size": 2, "value_init": "zeros"},
+            "'value_init' means nothing with advantage grpo",
+        ),
+        ({"report_to": "csvv"}, "'report_to' names a tracker 'csvv' that is not known"),
+        ({"dual_clip": 1.0}, "'dual_clip' must be above 1"),
+        ({"cliprange": 1.5}, "'cliprange' must be at most 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_anything_is_written(files, tmp_path, changes, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        ppo.train(stage_config(files, tmp_path / "ppo", **changes), reward=share_of_a)
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_replies_end_at_the_token_that_was_asked_for(files, tmp_path):
+    seen = []
+
+    def remember(samples):
+        seen.extend(samples)
+        return share_of_a(samples)
+
+    config = stage_config(files, tmp_path / "ppo", stop_token="}", response_length=40, missing_eos="subtract")
+    out = ppo.train(config, reward=remember)
+    ended = [sample.response for sample in seen if sample.finished]
+    assert any(text.endswith("}") for text in ended) and not any("}" in sample.response[:-1] for sample in seen)
+    tokenizer = load_policy(out)[1]
+    stops = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert sorted(stops) == sorted([tokenizer.eos_token_id, *tokenizer.encode("}", add_special_tokens=False)])
+
+
+def test_without_a_stop_token_replies_run_to_their_full_length(files, tmp_path):
+    config = stage_config(files, tmp_path / "ppo", stop_token=None, missing_eos="none", total_episodes=64)
+    log = tiny.read_log(ppo.train(config, reward=share_of_a))
+    assert [(line["response/length"], line["response/eos_rate"]) for line in log] == [(12, 0)] * 4
+
+
+def test_the_value_model_starts_where_it_is_asked_to(files, reward_dir):
+    heads = {}
+    for start in ("reward", "zeros"):
+        config = stage_config(files, "unused", reward_model=str(reward_dir), value_init=start)
+        heads[start] = ppo.load_models(config, None, torch.device("cpu")).value.score.weight
+    assert heads["reward"].equal(load_scalar_model(reward_dir)[0].score.weight) and not heads["zeros"].any()
+
+
+def test_during_critic_warm_up_only_the_value_model_learns(files, reward_dir, tmp_path):
+    config = stage_config(
+        files, tmp_path / "ppo", reward_model=str(reward_dir), critic_warmup=2, total_episodes=64, missing_eos="none"
+    )
+    log = tiny.read_log(ppo.train(config))
+    assert [line["val/ratio_var"] > 1e-9 for line in log] == [False, False, True, True]
+    assert ["policy/grad_norm" in line for line in log] == [False, False, True, True]
+    assert all(line["value/grad_norm"] > 0 for line in log) and all(
+        abs(line["objective/kl"]) < 1e-4 for line in log[:3]
+    )
+
+
+def test_rates_warm_up_and_the_value_model_has_its_own(files, tmp_path):
+    config = stage_config(files, tmp_path / "ppo", warmup_steps=2, value_learning_rate=6e-3, total_episodes=80)
+    log = tiny.read_log(ppo.train(config, reward=share_of_a))
+    rates = [line["lr"] for line in log]
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 2e-3, 1e-3])
+    assert [line["value/lr"] for line in log] == pytest.approx([2 * rate for rate in rates])
+
+
+def test_written_replies_are_kept_likely_and_the_average_is_what_is_saved(files, tmp_path):
+    losses = {}
+    for name, coef in (("free", 1e-9), ("held", 5.0)):
+        config = stage_config(
+            files, tmp_path / name, ptx_coef=coef, total_episodes=96, learning_rate=1e-2, response_length=8
+        )
+        losses[name] = [line["loss/ptx_avg"] for line in tiny.read_log(ppo.train(config, reward=share_of_a))]
+    assert losses["held"][-1] < losses["held"][0] - 0.3 and losses["free"][-1] > losses["held"][-1] + 0.3
+
+    start = load_policy(files / "base")[0].state_dict()
+    saved = {}
+    for decay in (None, 0.0, 0.9, 1.0):
+        config = stage_config(files, tmp_path / str(decay), ema_decay=decay, checks=False, total_episodes=16)
+        out = ppo.train(config, reward=share_of_a)
+        saved[decay] = load_policy(out)[0].state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    moved = {decay: (weights[name] - start[name]).norm().item() for decay, weights in saved.items()}
+    assert moved[1.0] == 0 < moved[0.9] < moved[None] and saved[0.0][name].equal(saved[None][name])
+
+
+@pytest.mark.parametrize(("times", "expected"), [(0, []), (2, [3, 6]), (4, [2, 3, 5, 6]), (99, [1, 2, 3, 4, 5, 6])])
+def test_replies_are_shown_evenly_over_the_run(times, expected):
+    assert [update for update in range(1, 7) if ppo.is_told(update, 6, times)] == expected
+
+
+def test_replies_are_shown_and_written_down(files, tmp_path, capsys):
+    out = ppo.train(stage_config(files, tmp_path / "ppo", num_sample_generations=2, checks=False), reward=share_of_a)
+    rows = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2] * 16 + [3] * 16
+    assert all(set(row) == {"step", "score", "prompt", "response", "finished"} for row in rows)
+    shown = capsys.readouterr().err
+    assert [f"ppo {step} " in shown for step in (1, 2, 3)] == [False, True, True]
+
+
+def test_scores_are_scaled_by_what_was_seen_so_far(files, tmp_path):
+    config = stage_config(files, tmp_path / "ppo", reward_scaling=True, missing_eos="none", kl_coef=0.0)
+    log = tiny.read_log(ppo.train(config, reward=lambda samples: [100 * x for x in share_of_a(samples)]))
+    assert len({line["objective/score_scale"] for line in log}) == len(log)
+    for line in log:
+        assert line["objective/rlhf_reward"] == pytest.approx(line["objective/scores"] / line["objective/score_scale"])
+
+
+@pytest.mark.parametrize("rows", [range(8), [5, 0, 3]])
+def test_no_metric_depends_on_micro_batches(tmp_path, rows):
+    models, told = build_models(tmp_path), []
+    for size in (0, 1, 3):
+        config = options(micro_batch_size=size, rollout_micro_batch_size=4 - size)
+        batch = play(models, config)
+        stats = ppo.accumulate_gradient(batch, rows, models, config)
+        told.append(ppo.describe(batch, "k1") | {name: float(value) for name, value in stats.items()})
+    assert told[1] == pytest.approx(told[0], rel=1e-9, abs=1e-12)
+    assert told[2] == pytest.approx(told[0], rel=1e-9, abs=1e-12)
 
 
 def test_the_config_is_small_and_every_key_is_explained():
