@@ -117,6 +117,7 @@ def generation_config(
 
 
 EOS = "eos"
+STOP_TOKEN = "where replies end: eos, the end token, or at the text of one more token; none: only at response_length"
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, stop_token: str | None) -> list[int]:

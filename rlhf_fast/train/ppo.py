@@ -34,7 +34,7 @@ from rlhf_fast.train.data import DataSummary, Prompt, read_demonstrations, read_
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import Judge, PairJudge, distinct_n
 from rlhf_fast.train.finite import blaming, check_finite, keeping
-from rlhf_fast.train.generate import EOS, generation_config, stop_ids
+from rlhf_fast.train.generate import EOS, STOP_TOKEN, generation_config, stop_ids
 from rlhf_fast.train.guard import Guard, Settings
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
@@ -85,7 +85,7 @@ class PPOConfig(loop.StageConfig):
     temperature: float = option(0.7, "divides the logits of policy and reference", above=0, source=loop.N_PLUS)
     stop_token: str | None = option(
         EOS,
-        "where replies end: eos, the end token, or the text of one more token; none: replies run to response_length",
+        STOP_TOKEN,
         source=f"arXiv 1909.08593, which ends them at a full stop; {loop.N_PLUS}",
     )
     missing_eos: str = option(

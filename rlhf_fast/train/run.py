@@ -197,7 +197,7 @@ def _stages(
         places = {"model": sft_dir, "output_dir": out / "ppo"}
         places |= {"reward_model": reward_dir} if config.ppo.reward is None else {}
         trained = ppo.train(stage_config(config, config.ppo, **places), judge=judge)
-        sampling = {"response_length": config.ppo.response_length, "temperature": config.ppo.temperature}
+        sampling = {key: getattr(config.ppo, key) for key in ("response_length", "temperature", "stop_token")}
     else:
         trained = dpo.train(stage_config(config, config.dpo, model=sft_dir, data=pairs, output_dir=out / "dpo"))
         sampling = {"response_length": config.dpo.max_response_tokens}

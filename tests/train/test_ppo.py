@@ -848,6 +848,21 @@ def test_replies_are_shown_and_written_down(files, tmp_path, capsys):
     assert [f"ppo {step} " in shown for step in (1, 2, 3)] == [False, True, True]
 
 
+def test_the_average_is_what_is_judged(files, tmp_path):
+    kl = {}
+    for decay in (None, 1.0):  # 1.0: it stays where it started
+        out = tmp_path / str(decay)
+        config = stage_config(files, out, ema_decay=decay, eval_every=1, eval_prompts=8, checks=False, guard="warn")
+        kl[decay] = [
+            line["eval/kl"] for line in tiny.read_log(ppo.train(config, reward=share_of_a, judge=judge_letters))
+        ]
+    assert max(map(abs, kl[1.0])) < 1e-3 < abs(kl[None][-1])
+
+
+def judge_letters(samples: list[Sample]) -> list[float]:
+    return [float(len(set(sample.response))) for sample in samples]
+
+
 def test_scores_are_scaled_by_what_was_seen_so_far(files, tmp_path):
     config = stage_config(files, tmp_path / "ppo", reward_scaling=True, missing_eos="none", kl_coef=0.0)
     log = tiny.read_log(ppo.train(config, reward=lambda samples: [100 * x for x in share_of_a(samples)]))
