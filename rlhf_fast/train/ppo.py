@@ -101,12 +101,6 @@ class PPOConfig(loop.StageConfig):
     rollout_micro_batch_size: int | None = option(
         None, "rollouts per forward pass without gradient; none: micro_batch_size", minimum=0
     )
-    reward_scaling: bool = option(
-        False, "divide scores by the standard deviation of all scores so far", source=f"PPO-max, {MOSS}"
-    )
-    score_clip: float | None = option(
-        None, "limit scores to +- this, after reward_scaling", above=0, source=f"PPO-max, {MOSS}"
-    )
     kl_coef: float = option(
         0.05,
         "weight of the KL penalty in the reward; in the loss with grpo",
@@ -121,6 +115,12 @@ class PPOConfig(loop.StageConfig):
         None, "adapt kl_coef to this KL per reply, in nats", above=0, source="arXiv 1909.08593, which uses 6"
     )
     kl_horizon: int = option(10_000, "episodes over which kl_coef adapts", minimum=1, source="arXiv 1909.08593")
+    reward_scaling: bool = option(
+        False, "divide scores by the standard deviation of all scores so far", source=f"PPO-max, {MOSS}"
+    )
+    score_clip: float | None = option(
+        None, "limit scores to +- this, after reward_scaling", above=0, source=f"PPO-max, {MOSS}"
+    )
     advantage: str = option(
         "gae",
         "what a token is credited with: gae, by a value model (PPO); without one, its reply's score against those of the "
@@ -335,6 +335,7 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
         if guard:
             so_far.results |= guard.conclusion()
             policy = guard.load_best() if guard.alarm() and config.guard == "stop" else policy
+        policy = policy.to(models.policy.dtype)
         policy.generation_config = generation_config(
             models.tokenizer, config.response_length, config.temperature, stop=stop
         )
@@ -431,8 +432,14 @@ def load_models(config: PPOConfig, reward: Any, device: torch.device) -> Models:
         torch.nn.init.zeros_(value.score.weight)
     if reward is not None:
         judge = make_reward(reward, tokenizer=tokenizer, device=device)
-    average = None if config.ema_decay is None else copy.deepcopy(policy).requires_grad_(False)
+    average = None if config.ema_decay is None else averaging(policy)
     return Models(policy, reference, value, judge, tokenizer, average)
+
+
+def averaging(policy: torch.nn.Module) -> torch.nn.Module:
+    """A copy to hold the average of the policy's weights, in float32 at least: a small step would round away in bfloat16."""
+    wide = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
+    return copy.deepcopy(policy).to(wide).requires_grad_(False)
 
 
 def read_ptx(config: PPOConfig, encoder: loop.Encoder) -> list[Example]:
@@ -601,7 +608,7 @@ def optimize(
 def follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model, parameter by parameter."""
     for kept, now in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(now, 1 - decay)
+        kept.lerp_(now.to(kept.dtype), 1 - decay)
 
 
 def accumulate_ptx_gradient(

@@ -848,6 +848,22 @@ def test_replies_are_shown_and_written_down(files, tmp_path, capsys):
     assert [f"ppo {step} " in shown for step in (1, 2, 3)] == [False, True, True]
 
 
+def test_an_average_of_bfloat16_weights_does_not_stand_still(files, tmp_path):
+    policy = load_policy(files / "base", dtype="bfloat16")[0]
+    average, before = ppo.averaging(policy), next(policy.parameters()).float().clone()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(2)
+    for _ in range(200):
+        ppo.follow(average, policy, 0.992)
+    close = {"rtol": 1e-3, "atol": 1e-6}
+    torch.testing.assert_close(next(average.parameters()), before * (2 - 0.992**200), **close)
+    config = stage_config(files, tmp_path / "ppo", ema_decay=0.9, dtype="bfloat16", checks=False)
+    saved = load_policy(ppo.train(config, reward=share_of_a), dtype="bfloat16")[0]
+    stored = json.loads((tmp_path / "ppo" / "config.json").read_text())
+    assert stored["dtype"] == "bfloat16" and next(saved.parameters()).isfinite().all()
+
+
 def test_the_average_is_what_is_judged(files, tmp_path):
     kl = {}
     for decay in (None, 1.0):  # 1.0: it stays where it started
