@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_fast.train.config import add_flags, build, closest, dump_yaml
+from rlhf_fast.train.config import add_flags, build, closest, dump_yaml, foreign
 from rlhf_fast.train.errors import UserError
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
@@ -194,7 +194,8 @@ def run_stage(command: Command, cls: type, train: Callable[[Any], Path], words: 
 
 
 def read_config(command: Command, cls: type, words: Sequence[str]) -> Any:
-    flags = config_parser(command, cls).parse(words)
+    names = foreign(cls)
+    flags = config_parser(command, cls, epilog=names.help() if names else "").parse(words)
     return build(cls, flags.pop("config", None), flags)
 
 

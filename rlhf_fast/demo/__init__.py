@@ -68,6 +68,7 @@ PPO = {
     "kl_coef": 0.05,
     "missing_eos": "subtract",
     "response_length": REPLY_TOKENS,
+    "num_sample_generations": 2,
 }
 WATCHED = {"eval_every": 8, "eval_prompts": 128, "guard": "warn"}  # changes no weight
 GROUPED = {

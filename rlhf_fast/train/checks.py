@@ -326,6 +326,7 @@ def check_ppo(
     response_length: int,
     temperature: float,
     missing_eos: str,
+    stop: Sequence[int] | None = None,
     full_logits: bool = False,
 ) -> None:
     """Sample a few replies and look at them with every model as PPO will. UserError: the first fault found."""
@@ -338,7 +339,7 @@ def check_ppo(
 
     rows = sorted({i * len(prompts) // PROBES for i in range(PROBES)})
     prompts, queries = [prompts[row] for row in rows], [queries[row] for row in rows]
-    rollout, witness = _sample(models, prompts, queries, min(response_length, PROBE_TOKENS), temperature)
+    rollout, witness = _sample(models, prompts, queries, min(response_length, PROBE_TOKENS), temperature, stop)
     sequences, pad_id = _sequences(rollout), models.tokenizer.pad_token_id
     for name, model in (policies | scalars).items():
         check_reading(name, model, sequences, pad_id=pad_id, full_logits=full_logits)
@@ -348,7 +349,7 @@ def check_ppo(
     _check_same_logprobs(models.policy, rollout, witness, temperature, full_logits)
     _check_something_is_said(rollout)
     if missing_eos != "none" and response_length <= PROBE_TOKENS:
-        _check_end_is_reached(models, rollout, temperature, full_logits)
+        _check_end_is_reached(models, rollout, temperature, stop, full_logits)
 
 
 class _Witness:
@@ -372,14 +373,21 @@ class _Witness:
 
 
 def _sample(
-    models: Models, prompts: Sequence[str], queries: Sequence[list[int]], length: int, temperature: float
+    models: Models,
+    prompts: Sequence[str],
+    queries: Sequence[list[int]],
+    length: int,
+    temperature: float,
+    stop: Sequence[int] | None,
 ) -> tuple[Rollout, Tensor]:
     """Replies, and the log-probs [B, T] with which they were drawn."""
     device, witness = models.policy.device, _Witness(temperature)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
         try:
-            rollout = roll_out(models, prompts, queries, response_length=length, temperature=temperature, watch=witness)
+            rollout = roll_out(
+                models, prompts, queries, response_length=length, temperature=temperature, stop=stop, watch=witness
+            )
         except NotFinite as error:
             raise UserError(f"{error}; train the policy again, or use dtype float32") from None
     return rollout, witness.logprobs(rollout.ids[:, -rollout.response_mask.shape[1] :])
@@ -419,14 +427,19 @@ def _check_something_is_said(rollout: Rollout) -> None:
 
 
 @torch.inference_mode()
-def _check_end_is_reached(models: Models, rollout: Rollout, temperature: float, full_logits: bool) -> None:
+def _check_end_is_reached(
+    models: Models, rollout: Rollout, temperature: float, stop: Sequence[int] | None, full_logits: bool
+) -> None:
     if rollout.finished.any():
         return
     length = rollout.response_mask.shape[1]
-    ends = torch.full_like(rollout.ids[:, -length:], models.tokenizer.eos_token_id)
-    scale = {"temperature": temperature, "labels": ends, "full_logits": full_logits}
-    chances = response_logprobs(models.policy, rollout.ids, rollout.mask, length, **scale).exp()
-    if (chance := chances.sum(1).mean().item()) < END_CHANCE:
+    chance = 0.0
+    for token in [models.tokenizer.eos_token_id] if stop is None else stop:
+        ends = torch.full_like(rollout.ids[:, -length:], token)
+        scale = {"temperature": temperature, "labels": ends, "full_logits": full_logits}
+        chances = response_logprobs(models.policy, rollout.ids, rollout.mask, length, **scale).exp()
+        chance += chances.sum(1).mean().item()
+    if chance < END_CHANCE:
         raise UserError(
             f"no reply would end within response_length {length} (chance {chance:.1g}), and each scores as one that does not "
             "end; raise response_length, fine-tune on replies that end, or set missing_eos to none"

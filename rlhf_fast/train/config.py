@@ -17,10 +17,10 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rlhf_fast.train.errors import UserError
 
@@ -40,12 +40,13 @@ def option(
     source: str | None = None,
     group: str | None = None,
     several: bool = False,
+    check: Callable[[Any], object] | None = None,
 ) -> Any:
     """A key with a default.
 
     choices: the only values allowed; minimum, maximum: inclusive bounds; above: exclusive lower bound;
     source: where the default was taken from; group: heading in `--help`, until a later key names another;
-    several: a YAML list is read as its items with commas between them.
+    several: a YAML list is read as its items with commas between them; check: raises UserError for a value that is none.
     """
     return dataclasses.field(
         default=default,
@@ -59,6 +60,7 @@ def option(
             "source": source,
             "group": group,
             "several": several,
+            "check": check,
         },
     )
 
@@ -171,6 +173,11 @@ def _check_value(value: Any, key: Key, where: str) -> None:
         limit = key.info.get(bound)
         if limit is not None and not holds(limit):
             raise UserError(f"{where}: '{key.name}' must be {words} {limit}, got {value}")
+    if check := key.info.get("check"):
+        try:
+            check(value)
+        except UserError as error:
+            raise UserError(f"{where}: '{key.name}' {error}") from None
 
 
 def _wrong(where: str, key: Key, value: Any, suggestion: str = "") -> UserError:
@@ -183,6 +190,35 @@ def closest(word: str, known: Any) -> str:
     return f": did you mean '{near[0]}'?" if near else ""
 
 
+# ---------------------------------------------------------------- other libraries' names
+
+
+class Foreign(Protocol):
+    """Names that another library gives to the keys of a config class, which holds this as its attribute `FOREIGN`."""
+
+    names: Collection[str]
+
+    def translate(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """`given` without any of `names`. UserError: a name that cannot be honoured, a key given under both names."""
+
+    def help(self) -> str:
+        """What `--help` says of them."""
+
+
+def foreign(cls: type) -> Foreign | None:
+    return getattr(cls, "FOREIGN", None)
+
+
+def in_own_names(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`mapping`, sections included, with every foreign name translated."""
+    sections = {key.name: key.type for key in keys(cls) if key.nested}
+    own = {
+        name: in_own_names(sections[name], value, name) if name in sections and isinstance(value, Mapping) else value
+        for name, value in mapping.items()
+    }
+    return own if foreign(cls) is None else foreign(cls).translate(own, where)
+
+
 # ---------------------------------------------------------------- mappings and YAML
 
 
@@ -192,7 +228,8 @@ def from_dict(cls: type[Config], mapping: Mapping[str, Any], *, where: str | Non
     UserError: an unknown key (with the nearest known one), a missing required key, a wrong type, a bad value.
     """
     where = where or section_name(cls)
-    cfg = _construct(cls, mapping, where, filled=())
+    _check_names(cls, mapping, where, filled=())
+    cfg = _construct(cls, in_own_names(cls, mapping, where), where, filled=())
     validate(cfg, where=where)
     return cfg
 
@@ -218,7 +255,10 @@ def _check_names(cls: type, mapping: Any, where: str, filled: tuple[str, ...]) -
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where} must be a section of keys and values, got {mapping!r}")
     known = {key.name: key for key in keys(cls, filled)}
+    others = foreign(cls).names if foreign(cls) else ()
     for name, value in mapping.items():
+        if name in others:
+            continue
         if name in filled:
             raise UserError(f"key '{name}' in {where} is set by the run itself: give it once, outside of '{where}'")
         if name not in known:
@@ -313,7 +353,9 @@ def build(
         _check_names(cls, from_file, where, filled=())
     except UserError as error:
         raise UserError(f"{yaml_path}: {error}") from None
-    return from_dict(cls, merge(merge(base or {}, from_file), nest(flags)), where=where)
+    given = merge(from_file, nest(flags))
+    _check_names(cls, given, where, filled=())
+    return from_dict(cls, merge(base or {}, in_own_names(cls, given, where)), where=where)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,12 +396,14 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> N
         group = parser.add_argument_group(title)
         for key in members:
             _add_flag(group, key, f"{prefix}{key.name}", help=_help_text(key))
+    _add_foreign_flags(parser, cls, prefix)
     for key in keys(cls):
         if key.nested:
             usage = f"--{key.name}.KEY VALUE; the keys are those of `rlhf-fast {key.name} --help`"
             group = parser.add_argument_group(key.name, f"{key.info['help']}: {usage}")
             for name, inner in _leaves(key, f"{prefix}{key.name}."):
                 _add_flag(group, inner, name, help=argparse.SUPPRESS)
+            _add_foreign_flags(group, key.type, f"{prefix}{key.name}.")
 
 
 def _grouped(cls: type) -> list[tuple[str, list[Key]]]:
@@ -388,6 +432,23 @@ def _add_flag(group: Any, key: Key, name: str, help: str) -> None:
     group.add_argument(f"--{name}", help=help, **shared)
     if "_" in name:
         group.add_argument(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS, **shared)
+
+
+def _add_foreign_flags(group: Any, cls: type, prefix: str) -> None:
+    for name in sorted(foreign(cls).names) if foreign(cls) else ():
+        shared = {"dest": f"{prefix}{name}", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        spellings = dict.fromkeys((f"--{prefix}{name}", f"--{prefix}{name}".replace("_", "-")))
+        group.add_argument(*spellings, nargs="?", const=True, type=_plain_value, **shared)
+
+
+def _plain_value(text: str) -> Any:
+    """What YAML reads in `text`, for a name whose type another library decides."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _metavar(key: Key) -> str:

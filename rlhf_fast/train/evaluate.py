@@ -18,7 +18,7 @@ import torch
 
 from rlhf_fast.train.data import Preference, collate, encode_prompt, encode_response
 from rlhf_fast.train.errors import UserError
-from rlhf_fast.train.generate import Sample, generate
+from rlhf_fast.train.generate import EOS, Sample, generate, stop_ids
 from rlhf_fast.train.loop import NO_LIMIT, Z_95, Encoder, length_batches, pick_device, wilson_interval
 from rlhf_fast.train.model import context_length, load_policy, load_scalar_model, sequence_scores
 
@@ -288,6 +288,7 @@ def _answer(
     seed: int,
     device: str,
     chat: Chat | None,
+    stop_token: str | None,
     picks: Judge | None = None,
     best_of: int = 1,
 ) -> _Replies:
@@ -307,6 +308,7 @@ def _answer(
             top_k=top_k,
             top_p=top_p,
             batch_size=batch_size,
+            stop=stop_ids(tokenizer, stop_token),
         )
     texts = completions.texts(tokenizer)
     finished = completions.finished.tolist()
@@ -335,6 +337,7 @@ def compare_policies(
     temperature: float = 0.7,
     top_k: int = 0,
     top_p: float = 1.0,
+    stop_token: str | None = EOS,
     batch_size: int = 64,
     samples: int = 24,
     seed: int = 0,
@@ -348,6 +351,7 @@ def compare_policies(
     reward_dir, or any other `reward`: also scores the replies and, with held-out `preferences`, measures its agreement with
     the judge.
     best_of: of so many replies of the second policy the one that the reward likes best is judged.
+    stop_token: where replies end, as in PPO (see `stop_ids`).
     kl: the sequence KL to the SFT model in nats, as PPO measured it last; copied into the result.
     chat: what the prompts were rendered with, if they are conversations.
     samples: how many replies are kept as text, the first ones; besides them, up to 5 that lost the most.
@@ -371,6 +375,7 @@ def compare_policies(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "stop_token": stop_token,
         "batch_size": batch_size,
         "seed": seed,
         "device": device,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.train.data import collate
-from rlhf_fast.train.errors import NotFinite
+from rlhf_fast.train.errors import NotFinite, UserError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ class Completions:
     query_mask: Tensor  # bool [B, C]
     response_ids: Tensor  # int64 [B, T]
     response_mask: Tensor  # bool [B, T], true up to and including the end token
-    finished: Tensor  # bool [B], the row holds an end token
+    finished: Tensor  # bool [B], the row holds an end token or another at which replies stop
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The replies as text, without special tokens."""
@@ -56,9 +56,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     batch_size: int,
+    stop: Sequence[int] | None = None,
     watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Completions:
     """One reply to each of `prompts` (token ids, B of them), `batch_size` at a time.
+
+    stop: the tokens of which the first ends a reply and is its last (see `stop_ids`); none: the end token.
 
     temperature 0 is greedy. top_k 0 and top_p 1 leave the distribution as it is. Draws from torch's global generator:
     same state, same prompts and same batch size give the same replies.
@@ -66,7 +69,8 @@ def generate(
     NotFinite: a row of logits held NaN or infinity; what was drawn from it is thrown away.
     """
     query_ids, query_mask = (x.to(model.device) for x in collate(prompts, tokenizer.pad_token_id, side="left"))
-    config = generation_config(tokenizer, max_new_tokens, temperature, top_k, top_p)
+    stop = [tokenizer.eos_token_id] if stop is None else stop
+    config = generation_config(tokenizer, max_new_tokens, temperature, top_k, top_p, stop=stop)
     own, model.generation_config = model.generation_config, config
     broken = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     try:
@@ -82,17 +86,24 @@ def generate(
         raise NotFinite("the policy's logits are not finite", row=row, tensors=tensors)
     pad, longest = tokenizer.pad_token_id, max(part.shape[1] for part in parts)
     ids = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
-    ends = ids == tokenizer.eos_token_id
+    ends = torch.isin(ids, torch.tensor(stop, dtype=ids.dtype, device=ids.device))
     mask = ends.cumsum(1) - ends.long() == 0
     return Completions(query_ids, query_mask, ids, mask, ends.any(1))
 
 
 def generation_config(
-    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, top_k: int = 0, top_p: float = 1.0
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    *,
+    stop: Sequence[int] | None = None,
 ) -> GenerationConfig:
-    """Sampling settings in the form `transformers` reads and stores beside a model."""
+    """Sampling settings in the form `transformers` reads and stores beside a model; stop as in `generate`."""
     from transformers import GenerationConfig
 
+    ends = [tokenizer.eos_token_id] if stop is None else list(stop)
     greedy = temperature == 0
     sampling = {} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return GenerationConfig(
@@ -100,9 +111,31 @@ def generation_config(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
         **sampling,
     )
+
+
+EOS = "eos"
+STOP_TOKEN = "where replies end: eos, the end token, or at the text of one more token; none: only at response_length"
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, stop_token: str | None) -> list[int]:
+    """The tokens that end a reply: the end token ("eos"), that one or the token whose text is given, or none at all.
+
+    UserError: a text that is not one token of the vocabulary.
+    """
+    if stop_token is None:
+        return []
+    end = [tokenizer.eos_token_id]
+    if stop_token == EOS:
+        return end
+    ids = tokenizer.encode(stop_token, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise UserError(
+            f"stop_token {stop_token!r} is not one token of this tokenizer but {len(ids)}; give a text that is, eos or none"
+        )
+    return sorted({*end, *ids})
 
 
 class _Watched:

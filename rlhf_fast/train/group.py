@@ -41,11 +41,12 @@ def advantage(
 
 
 def reply_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip: float, replies: int
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, replies: int, **limits: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """RLOO's loss and the statistics of `ppo_policy_loss`, over replies: log-probs [B, T], 0 off the response mask."""
+    """RLOO's loss and the statistics of `ppo_policy_loss`, whose limits it takes, over replies: log-probs [B, T], 0 off the
+    response mask."""
     ratio_of = logprobs.sum(1, keepdim=True), old_logprobs.sum(1, keepdim=True)
-    return ppo_policy_loss(*ratio_of, advantages, clip_low=clip, clip_high=clip, normalizer=replies)
+    return ppo_policy_loss(*ratio_of, advantages, normalizer=replies, **limits)
 
 
 def kl_options(ref_logprobs: Tensor, kl_coef: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rlhf_fast import kl_penalty
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import Judge, PairJudge, verdicts, win_rate
-from rlhf_fast.train.generate import Sample
+from rlhf_fast.train.generate import Sample, stop_ids
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.rollout import Models, roll_out, score
 
@@ -41,6 +41,7 @@ class Settings:
     micro_batch_size: int
     full_logits: bool
     dtype: str
+    stop_token: str | None
 
 
 @dataclass
@@ -137,6 +138,7 @@ class Guard:
                     self.queries[rows],
                     response_length=self.settings.response_length,
                     temperature=self.settings.temperature,
+                    stop=stop_ids(self.models.tokenizer, self.settings.stop_token),
                 )
                 scored = score(
                     rollout,

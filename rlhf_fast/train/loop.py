@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from rlhf_fast.train.config import option, required
 from rlhf_fast.train.data import encode_prompt, encode_response
 from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.model import context_length
+from rlhf_fast.train.trackers import REPORT_TO
+from rlhf_fast.train.trackers import check as check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 SMALL_MODEL = 5_000_000
 DEFAULT_THREADS = torch.get_num_threads()
 SCHEDULES = ("linear", "cosine", "constant")
+CLIPPED_BY = "OpenRLHF, verl, NeMo-RL; none in arXiv 2403.17031"
 N_PLUS = "arXiv 2403.17031"  # Huang et al. 2024, whose settings are most of the defaults
 DATA = (
     "JSONL (plain or gzipped) or Parquet file, or hub:OWNER/NAME[/CONFIG][:SPLIT]; a preference file serves every stage"
@@ -59,6 +62,7 @@ class StageConfig:
     dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
     checks: bool = option(True, CHECKS)
+    report_to: str = option("tensorboard", REPORT_TO, several=True, check=check_trackers, group="trackers")
     resume: bool = option(True, RESUME, group="checkpoints")
     save_every: float = option(30.0, SAVE_EVERY, minimum=0)
     keep_checkpoints: int = option(2, KEEP_CHECKPOINTS, minimum=1)
@@ -225,10 +229,12 @@ def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, wa
     return peak * {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[schedule]
 
 
-def adamw(models: Sequence[nn.Module], *, weight_decay: float, epsilon: float) -> torch.optim.AdamW:
-    """AdamW over all parameters of `models`; the learning rate is set before every step."""
-    parameters = [parameter for model in models for parameter in model.parameters()]
-    return torch.optim.AdamW(parameters, lr=0.0, eps=epsilon, weight_decay=weight_decay, fused=True)
+def adamw(
+    models: Iterable[nn.Module], *, weight_decay: float, epsilon: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.AdamW:
+    """AdamW over all parameters of `models`, a group each; the learning rates are set before every step."""
+    groups = [{"params": list(model.parameters())} for model in models]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True)
 
 
 def clip_and_step(
@@ -236,12 +242,13 @@ def clip_and_step(
     models: Mapping[str, nn.Module],
     losses: Mapping[str, Tensor],
     *,
-    rate: float,
+    rate: float | Sequence[float],
     max_grad_norm: float,
     where: str,
 ) -> dict[str, Tensor]:
     """Clip each model's gradient to `max_grad_norm` (0: never), update all, clear the gradients. Returns the norms.
 
+    rate: the learning rate, or one for each group of the optimizer.
     NotFinite, before any parameter has changed, if a loss or gradient is not finite: it names `where` (stage and
     step) and the tensor.
     """
@@ -253,8 +260,9 @@ def clip_and_step(
     for name, model in models.items():
         if max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norms[name])
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    groups = optimizer.param_groups
+    for group, own in zip(groups, rate if isinstance(rate, Sequence) else [rate] * len(groups), strict=True):
+        group["lr"] = own
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms

@@ -63,16 +63,21 @@ def load_scalar_model(
 
 
 def reward_from_policy(
-    directory: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu", chat: Renderer | None = None
+    directory: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    chat: Renderer | None = None,
+    std: float | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A policy's body under a new head with one output: weight drawn from N(0, 1/(d+1)), so std 1/sqrt(d+1), bias 0.
+    """A policy's body under a new head with one output: weight drawn from N(0, std^2), 1/sqrt(d+1) if std is None, bias 0.
 
     Initialisation of Ziegler et al. 2019 (arXiv 1909.08593) and arXiv 2403.17031. Draws from torch's global generator.
     chat: as of `load_policy`.
     """
     body = "the body of a reward model"
     model, tokenizer = _load_scalar(directory, body, dtype=dtype, new=("score.weight",), chat=chat)
-    nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+    nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1) if std is None else std)
     return model.to(device), tokenizer
 
 

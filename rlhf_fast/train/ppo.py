@@ -4,6 +4,7 @@ One update goes through frozen dataclasses, Rollout -> Scored -> Advantaged (see
 num_ppo_epochs x num_mini_batches optimizer steps on
 
     max(-A ratio, -A clip(ratio, 1 +- cliprange)) + vf_coef * clipped value loss - entropy_coef * entropy
+        + ptx_coef * loss of written replies (PPO-ptx, Ouyang et al. 2022, arXiv 2203.02155)
 
 (Schulman et al. 2017, arXiv 1707.06347). The details that decide whether this learns, and the defaults, are those of
 Huang et al. 2024 (arXiv 2403.17031), with gradient clipping added. Every mean runs over response tokens alone. With
@@ -12,43 +13,64 @@ Huang et al. 2024 (arXiv 2403.17031), with gradient clipping added. Every mean r
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, group, loop
+from rlhf_fast.train import checks, group, loop, trl
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
-from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
+from rlhf_fast.train.data import DataSummary, Prompt, read_demonstrations, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
-from rlhf_fast.train.evaluate import Judge, PairJudge
+from rlhf_fast.train.evaluate import Judge, PairJudge, distinct_n
 from rlhf_fast.train.finite import blaming, check_finite, keeping
-from rlhf_fast.train.generate import generation_config
+from rlhf_fast.train.generate import EOS, STOP_TOKEN, generation_config, stop_ids
 from rlhf_fast.train.guard import Guard, Settings
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
 from rlhf_fast.train.record import Stage
+from rlhf_fast.train.replies import Example, accumulate_loss, encode
 from rlhf_fast.train.resume import State, claim
 from rlhf_fast.train.rewards import SPEC, check_accuracy, make_reward, terms_of
 from rlhf_fast.train.rollout import Advantaged, Models, Scored, advantage, roll_out, score
 
 # Keys that a kind of advantage does not read.
-OF_VALUES = ("whiten_rewards", "whiten_advantages", "gamma", "lam", "cliprange_value", "vf_coef")
+OF_VALUES = (
+    "whiten_rewards",
+    "whiten_advantages",
+    "whiten_unbiased",
+    "advantage_clip",
+    "gamma",
+    "lam",
+    "cliprange_value",
+    "vf_coef",
+    "value_init",
+    "value_learning_rate",
+    "critic_warmup",
+)
 UNREAD = {"gae": ("group_size",), "grpo": OF_VALUES, "rloo": OF_VALUES}
+INSTRUCT_GPT, MOSS = "arXiv 2203.02155", "arXiv 2307.04964"
+SMALLEST_SCALE = 1e-6
+SHOWN = ("objective/scores", "objective/kl", "policy/entropy_avg", "eval/win_rate")
+WRITTEN = 16  # completions
 
 
 @dataclass(frozen=True)
 class PPOConfig(loop.StageConfig):
     """PPO on the prompts of `data`; `model` is the fine-tuned policy, which also stays as the reference."""
+
+    FOREIGN: ClassVar = trl.Names()
 
     reward_model: str | None = option(
         None, "directory of the reward model; with gae its copy becomes the value model", group="files"
@@ -62,14 +84,24 @@ class PPOConfig(loop.StageConfig):
     )
     response_length: int = option(53, "most tokens of a reply", minimum=1, source=loop.N_PLUS)
     temperature: float = option(0.7, "divides the logits of policy and reference", above=0, source=loop.N_PLUS)
+    stop_token: str | None = option(
+        EOS,
+        STOP_TOKEN,
+        source=f"arXiv 1909.08593, which ends them at a full stop; {loop.N_PLUS}",
+    )
     missing_eos: str = option(
         "replace",
         "score of a reply that does not end: replace it by -missing_eos_penalty, subtract that from it, or leave it",
         choices=("none", "replace", "subtract"),
-        source=loop.N_PLUS,
+        source=f"{loop.N_PLUS}; TRL subtracts",
     )
     missing_eos_penalty: float = option(1.0, "see missing_eos", minimum=0, source=loop.N_PLUS)
-    score_clip: float | None = option(None, "limit scores to +- this", above=0)
+    min_response_length: int = option(
+        0, "a reply of fewer tokens scores as one that does not end", minimum=0, source="torchtune, which uses 18"
+    )
+    rollout_micro_batch_size: int | None = option(
+        None, "rollouts per forward pass without gradient; none: micro_batch_size", minimum=0
+    )
     kl_coef: float = option(
         0.05,
         "weight of the KL penalty in the reward; in the loss with grpo",
@@ -84,6 +116,12 @@ class PPOConfig(loop.StageConfig):
         None, "adapt kl_coef to this KL per reply, in nats", above=0, source="arXiv 1909.08593, which uses 6"
     )
     kl_horizon: int = option(10_000, "episodes over which kl_coef adapts", minimum=1, source="arXiv 1909.08593")
+    reward_scaling: bool = option(
+        False, "divide scores by the standard deviation of all scores so far", source=f"PPO-max, {MOSS}"
+    )
+    score_clip: float | None = option(
+        None, "limit scores to +- this, after reward_scaling", above=0, source=f"PPO-max, {MOSS}"
+    )
     advantage: str = option(
         "gae",
         "what a token is credited with: gae, by a value model (PPO); without one, its reply's score against those of the "
@@ -96,6 +134,19 @@ class PPOConfig(loop.StageConfig):
     gamma: float = option(1.0, "discount", minimum=0, maximum=1, source=loop.N_PLUS)
     lam: float = option(0.95, "lambda of GAE", minimum=0, maximum=1, source=loop.N_PLUS)
     whiten_advantages: bool = option(True, "scale advantages to mean 0, variance 1", source=loop.N_PLUS)
+    whiten_unbiased: bool = option(
+        False, "with Bessel's correction of that variance, as TRL and verl", source=loop.N_PLUS
+    )
+    advantage_clip: float | None = option(
+        None, "limit advantages to +- this, after whitening", above=0, source=f"PPO-max, {MOSS}, which uses 0.5"
+    )
+    value_init: str = option(
+        "reward",
+        "the value model starts as a copy of the reward model, or as the policy's body under a head of zeros; with a reward "
+        "function always zeros",
+        choices=("reward", "zeros"),
+        source=f"{loop.N_PLUS}; zeros: arXiv 1909.08593",
+    )
     total_episodes: int | None = option(
         None, "rollouts in all; none: each prompt once, with all its replies", minimum=1, group="update"
     )
@@ -104,16 +155,62 @@ class PPOConfig(loop.StageConfig):
     num_mini_batches: int = option(1, "optimizer steps per pass", minimum=1, source=loop.N_PLUS)
     micro_batch_size: int = option(0, "rollouts per forward pass; 0: a whole minibatch", minimum=0)
     learning_rate: float = option(3e-6, "peak learning rate", above=0, source=loop.N_PLUS)
+    value_learning_rate: float | None = option(
+        None, "that of the value model; none: the same", above=0, source=f"{loop.N_PLUS}; {INSTRUCT_GPT} uses 9e-6"
+    )
     lr_schedule: str = option("linear", "how the rate falls to 0", choices=loop.SCHEDULES, source=loop.N_PLUS)
+    warmup_steps: int = option(0, "updates over which the rate rises", minimum=0, source=loop.N_PLUS)
+    critic_warmup: int = option(0, "first updates, which train the value model alone", minimum=0, source="verl")
     weight_decay: float = option(0.01, "decoupled weight decay of AdamW", minimum=0, source=loop.N_PLUS)
+    adam_beta1: float = option(0.9, "first beta of AdamW", minimum=0, maximum=0.9999999, source=loop.N_PLUS)
+    adam_beta2: float = option(0.999, "second beta of AdamW", minimum=0, maximum=0.9999999, source=loop.N_PLUS)
     adam_epsilon: float = option(1e-5, "epsilon of AdamW", above=0, source=loop.N_PLUS)
-    max_grad_norm: float = option(1.0, "the norm of each model's gradient is clipped to this; 0: never", minimum=0)
-    cliprange: float = option(0.2, "policy ratio is clipped to 1 +- this", above=0, source=loop.N_PLUS)
+    max_grad_norm: float = option(
+        1.0, "the norm of each model's gradient is clipped to this; 0: never", minimum=0, source=loop.CLIPPED_BY
+    )
+    cliprange: float = option(0.2, "policy ratio is clipped to 1 +- this", above=0, maximum=1, source=loop.N_PLUS)
+    cliprange_high: float | None = option(
+        None, "upper side of cliprange; none: the same", above=0, source="DAPO, arXiv 2503.14476, which uses 0.28"
+    )
+    dual_clip: float | None = option(
+        None,
+        "where the advantage is negative, the loss is at most this times it",
+        above=1,
+        source="arXiv 1912.09729: 3",
+    )
+    log_ratio_clip: float | None = option(
+        20.0, "the log of the ratio is held within +- this; none: never", above=0, source="verl, OpenRLHF"
+    )
     cliprange_value: float | None = option(0.2, "values move at most this; none: freely", above=0, source=loop.N_PLUS)
     vf_coef: float = option(0.1, "weight of the value loss", minimum=0, source=loop.N_PLUS)
-    entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
-    target_kl: float | None = option(None, "end the passes of an update once approxkl is above this", above=0)
+    entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0, source="arXiv 1707.06347")
+    target_kl: float | None = option(
+        None, "end the passes of an update once approxkl is above this", above=0, source="OpenAI Spinning Up"
+    )
+    ptx_coef: float = option(
+        0.0,
+        "weight of the loss of written replies, as many a step as rollouts",
+        minimum=0,
+        source=f"PPO-ptx, {INSTRUCT_GPT}, which uses 27.8",
+    )
+    ptx_data: str | None = option(
+        None, "file with these replies, demonstrations or preferences (chosen); none: data", source=INSTRUCT_GPT
+    )
+    ema_decay: float | None = option(
+        None,
+        "keep an average of the policy's weights, that of every step weighing 1 - this; it is what is judged and saved",
+        minimum=0,
+        maximum=1,
+        source=f"{INSTRUCT_GPT}, which uses 0.992",
+    )
     full_logits: bool = option(False, FULL_LOGITS)
+    num_sample_generations: int = option(
+        10,
+        "how many times in all some replies are shown as a table and written to completions.jsonl and the trackers",
+        minimum=0,
+        source="TRL 1.12",
+        group="log",
+    )
     eval_every: int = option(
         0, "updates between two judgements against the start on held-out prompts; 0: none", minimum=0, group="judge"
     )
@@ -155,7 +252,8 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
     encoder = loop.Encoder(models.policy, models.tokenizer, others=others, **limits)
     prompts = [row.prompt for row in train_rows]
     queries = [encoder.prompt(prompt) for prompt in prompts]
-    cut = encoder.truncated_prompts
+    cut, stop = encoder.truncated_prompts, stop_ids(models.tokenizer, config.stop_token)
+    ptx = read_ptx(config, encoder, chat) if config.ptx_coef else []
     data = DataSummary(config.data, rows_read, len(rows), len(prompts), len(heldout), bad_rows, cut)
 
     recorded = data.as_dict() | checks.prompt_form(prompts)
@@ -174,6 +272,7 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
             response_length=config.response_length,
             temperature=config.temperature,
             missing_eos=config.missing_eos,
+            stop=stop,
             full_logits=config.full_logits,
         )
     if not config.full_logits:
@@ -181,9 +280,21 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
 
     each = replies_each(config)
     updates = max(1, (config.total_episodes or each * len(prompts)) // config.batch_size)
-    optimizer = loop.adamw(models.trained.values(), weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
-    so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], results={})
-    state = State(models.trained, optimizer, order, so_far, {"prompts": (prompts, queries)})
+    if config.critic_warmup >= updates:
+        raise UserError(
+            f"ppo: 'critic_warmup' {config.critic_warmup} leaves the policy none of the {updates} updates; lower it, or raise "
+            "total_episodes"
+        )
+    optimizer = loop.adamw(
+        models.trained.values(),
+        weight_decay=config.weight_decay,
+        epsilon=config.adam_epsilon,
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
+    so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], moments=[0.0, 0.0, 0.0], results={})
+    averaged = {} if models.average is None else {"average": models.average}
+    inputs = {"prompts": (prompts, queries)} | ({"ptx rows": ptx} if ptx else {})
+    state = State(models.trained | averaged, optimizer, order, so_far, inputs)
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded, state) as stage:
         if guard:
             guard.begin(state.step)
@@ -191,32 +302,45 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
         left = prompt_batches(len(prompts), config.batch_size // each, updates - state.step, order, so_far.waiting)
         for update, drawn in stage.steps(left):
             batch = [row for row in drawn for _ in range(each)]
-            rate = loop.learning_rate(update, updates, peak=config.learning_rate, schedule=config.lr_schedule)
+            rates = learning_rates(update, updates, config)
             where, asked = f"ppo update {update}", [prompts[i] for i in batch]
             with keeping(out, where, asked, config):
-                experience = collect(models, asked, [queries[i] for i in batch], so_far.kl_coef, config)
-                stats = optimize(experience, models, optimizer, config, order, rate=rate, where=where)
+                experience = collect(
+                    models, asked, [queries[i] for i in batch], so_far.kl_coef, config, stop, so_far.moments
+                )
+                warming = update <= config.critic_warmup
+                stats = optimize(
+                    experience, models, optimizer, config, order, rate=rates, where=where, ptx=ptx, warming=warming
+                )
             episode = update * config.batch_size
             so_far.tokens += sum(experience.scored.rollout.response_lengths)
             results = describe(experience, kl_estimator(config)) | stats
             if config.advantage != "gae":
                 results |= group.describe(experience.scored.scores, config.group_size)
-            results |= {"lr": rate, "episode": episode, "epoch": episode / (each * len(prompts))}
+            if config.reward_scaling:
+                results["objective/score_scale"] = experience.score_scale
+            if config.value_learning_rate is not None:
+                results["value/lr"] = rates[-1]
+            results |= {"lr": rates[0], "episode": episode, "epoch": episode / (each * len(prompts))}
             results |= {"eps": episode / stage.seconds, "tokens_per_second": so_far.tokens / stage.seconds}
             if guard and (update % config.eval_every == 0 or update == updates):
                 results |= guard.look(update)
                 alarm = guard.alarm()
-            stage.log(update, results, show=("objective/scores", "objective/kl", "policy/entropy_avg", "eval/win_rate"))
+            told = completions(experience) if is_told(update, updates, config.num_sample_generations) else ()
+            stage.log(update, results, show=SHOWN, completions=told)
             so_far.kl_coef, so_far.results = adapted(so_far.kl_coef, results["objective/kl"], config), results
             if alarm:
                 loop.say(f"ppo update {update}: over-optimisation: {alarm}")
             if alarm and config.guard == "stop":
                 break
-        policy = models.policy
+        policy = models.policy if models.average is None else models.average
         if guard:
             so_far.results |= guard.conclusion()
             policy = guard.load_best() if guard.alarm() and config.guard == "stop" else policy
-        policy.generation_config = generation_config(models.tokenizer, config.response_length, config.temperature)
+        policy = policy.to(models.policy.dtype)
+        policy.generation_config = generation_config(
+            models.tokenizer, config.response_length, config.temperature, stop=stop
+        )
         if models.value is not None:
             save_model(out / "value", models.value, models.tokenizer)
         save_model(out, policy, models.tokenizer)
@@ -237,7 +361,8 @@ def watch(
     if not prompts:
         raise UserError("ppo: 'eval_every' needs held-out prompts; raise heldout_fraction or set eval_every 0")
     settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
-    return Guard(models, judge, prompts, [encoder.prompt(prompt) for prompt in prompts], settings, out)
+    judged = models if models.average is None else dataclasses.replace(models, policy=models.average)
+    return Guard(judged, judge, prompts, [encoder.prompt(prompt) for prompt in prompts], settings, out)
 
 
 def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None) -> None:
@@ -256,6 +381,19 @@ def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None
         raise UserError(
             f"ppo: 'batch_size' {config.batch_size} must be a multiple of 'num_mini_batches' {config.num_mini_batches}"
         )
+    if config.missing_eos == "none" and config.min_response_length:
+        raise UserError(
+            "ppo: 'min_response_length' takes the penalty of missing_eos, which is none; set it, or leave one"
+        )
+    if config.min_response_length > config.response_length:
+        raise UserError(
+            f"ppo: 'min_response_length' {config.min_response_length} is longer than 'response_length' "
+            f"{config.response_length}, so every reply would be penalised"
+        )
+    if config.missing_eos != "none" and config.stop_token is None:
+        raise UserError("ppo: without 'stop_token' no reply ends, so set missing_eos none, or each would be penalised")
+    if config.ptx_data is not None and not config.ptx_coef:
+        raise UserError("ppo: 'ptx_data' is read with a 'ptx_coef' above 0 alone; give one")
     for name in UNREAD[config.advantage]:
         if (value := getattr(config, name)) != (default := getattr(PPOConfig, name)):
             raise UserError(
@@ -285,35 +423,81 @@ def load_models(config: PPOConfig, reward: Any, device: torch.device, chat: Chat
     places = {"dtype": config.dtype, "device": device}
     policy, tokenizer = load_policy(config.model, **places, chat=chat)
     reference, _ = load_policy(config.model, **places, chat=chat)
-    valued, value = config.advantage == "gae", None
-    if reward is not None:
-        if valued:
-            value, _ = reward_from_policy(config.model, **places, chat=chat)
-            torch.nn.init.zeros_(value.score.weight)
-        return Models(policy, reference, value, make_reward(reward, tokenizer=tokenizer, device=device), tokenizer)
-    reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)
-    checks.check_same_words(tokenizer, reward_tokenizer, (config.model, config.reward_model))
-    if valued:
+    value = None
+    if reward is None:
+        judge, reward_tokenizer = load_scalar_model(config.reward_model, **places)
+        checks.check_same_words(tokenizer, reward_tokenizer, (config.model, config.reward_model))
+    if config.advantage == "gae" and reward is None and config.value_init == "reward":
         value, _ = load_scalar_model(config.reward_model, **places)
-    return Models(policy, reference, value, reward_model, tokenizer)
+    elif config.advantage == "gae":
+        value, _ = reward_from_policy(config.model, **places, chat=chat)
+        torch.nn.init.zeros_(value.score.weight)
+    if reward is not None:
+        judge = make_reward(reward, tokenizer=tokenizer, device=device)
+    average = None if config.ema_decay is None else averaging(policy)
+    return Models(policy, reference, value, judge, tokenizer, average)
+
+
+def averaging(policy: torch.nn.Module) -> torch.nn.Module:
+    """A copy to hold the average of the policy's weights, in float32 at least: a small step would round away in bfloat16."""
+    wide = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
+    return copy.deepcopy(policy).to(wide).requires_grad_(False)
+
+
+def read_ptx(config: PPOConfig, encoder: loop.Encoder, chat: Chat | None = None) -> list[Example]:
+    """The written replies that PPO-ptx keeps likely, to the prompts that training may see."""
+    rows, _, _ = read_demonstrations(config.ptx_data or config.data, bad_rows=config.bad_rows, chat=chat)
+    rows, _ = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
+    return [encode(encoder, row.prompt, row.response) for row in rows]
+
+
+def learning_rates(update: int, updates: int, config: PPOConfig) -> list[float]:
+    """Of the policy and, with gae, of the value model."""
+    peaks = [config.learning_rate]
+    if config.advantage == "gae":
+        peaks.append(config.learning_rate if config.value_learning_rate is None else config.value_learning_rate)
+    course = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
+    return [loop.learning_rate(update, updates, peak=peak, **course) for peak in peaks]
 
 
 def collect(
-    models: Models, prompts: Sequence[str], queries: Sequence[list[int]], kl_coef: float, config: PPOConfig
+    models: Models,
+    prompts: Sequence[str],
+    queries: Sequence[list[int]],
+    kl_coef: float,
+    config: PPOConfig,
+    stop: Sequence[int] | None = None,
+    moments: list[float] | None = None,
 ) -> Advantaged:
-    """The experience of one update: replies to `prompts`, scored, with their advantages."""
-    rollout = roll_out(models, prompts, queries, response_length=config.response_length, temperature=config.temperature)
+    """The experience of one update: replies to `prompts`, scored, with their advantages.
+
+    stop: as in `generate`. moments: of the scores so far, which `reward_scaling` reads and keeps up to date.
+    """
+    rollout = roll_out(
+        models,
+        prompts,
+        queries,
+        response_length=config.response_length,
+        temperature=config.temperature,
+        stop=stop,
+    )
     scored = score(
         rollout,
         models,
         temperature=config.temperature,
         missing_eos=config.missing_eos,
         missing_eos_penalty=config.missing_eos_penalty,
-        micro_batch_size=config.micro_batch_size,
+        min_response_length=config.min_response_length,
+        micro_batch_size=(
+            config.micro_batch_size if config.rollout_micro_batch_size is None else config.rollout_micro_batch_size
+        ),
         full_logits=config.full_logits,
     )
     check_finite(tensors_of(scored), samples=rollout.samples, beside=tensors_of(rollout))
-    batch = advantages_of(scored, kl_coef, config)
+    scale = (
+        running_scale([0.0, 0.0, 0.0] if moments is None else moments, scored.scores) if config.reward_scaling else 1.0
+    )
+    batch = advantages_of(scored, kl_coef, config, scale)
     check_finite(tensors_of(batch), samples=rollout.samples, beside=tensors_of(rollout) | tensors_of(scored))
     return batch
 
@@ -327,19 +511,39 @@ def all_tensors(batch: Advantaged) -> dict[str, Tensor]:
     return tensors_of(batch.scored.rollout) | tensors_of(batch.scored) | tensors_of(batch)
 
 
-def advantages_of(scored: Scored, kl_coef: float, config: PPOConfig) -> Advantaged:
+def running_scale(moments: list[float], scores: Tensor) -> float:
+    """Add scores [B] to `moments`, their number, mean and sum of squared deviations so far -> the standard deviation, unbiased.
+
+    As the running moments of PPO-max (arXiv 2307.04964), in float64, merged as Chan et al. 1979. 1 while all are the same.
+    """
+    count, mean, squares = moments
+    new, own = float(len(scores)), scores.double()
+    own_mean, total = own.mean().item(), count + new
+    gap = own_mean - mean
+    squares += (own - own_mean).square().sum().item() + gap**2 * count * new / total
+    moments[:] = [total, mean + gap * new / total, squares]
+    scale = math.sqrt(squares / max(1.0, total - 1))
+    return scale if scale > SMALLEST_SCALE else 1.0
+
+
+def advantages_of(scored: Scored, kl_coef: float, config: PPOConfig, score_scale: float = 1.0) -> Advantaged:
     """What every token is credited with, by the kind of advantage that was asked for."""
     penalty = {"kl_coef": kl_coef, "kl_estimator": config.kl_estimator, "score_clip": config.score_clip}
+    scaled = scored if score_scale == 1 else dataclasses.replace(scored, scores=scored.scores / score_scale)
     if config.advantage != "gae":
-        return group.advantage(scored, config.advantage, config.group_size, **penalty)
-    return advantage(
-        scored,
-        **penalty,
-        gamma=config.gamma,
-        lam=config.lam,
-        whiten_rewards=config.whiten_rewards,
-        whiten_advantages=config.whiten_advantages,
-    )
+        batch = group.advantage(scaled, config.advantage, config.group_size, **penalty)
+    else:
+        batch = advantage(
+            scaled,
+            **penalty,
+            gamma=config.gamma,
+            lam=config.lam,
+            whiten_rewards=config.whiten_rewards,
+            whiten_advantages=config.whiten_advantages,
+            whiten_unbiased=config.whiten_unbiased,
+            advantage_clip=config.advantage_clip,
+        )
+    return dataclasses.replace(batch, scored=scored, score_scale=score_scale)
 
 
 def prompt_batches(
@@ -364,10 +568,16 @@ def optimize(
     config: PPOConfig,
     order: torch.Generator,
     *,
-    rate: float,
+    rate: float | Sequence[float],
     where: str,
+    ptx: Sequence[Example] = (),
+    warming: bool = False,
 ) -> dict[str, float]:
-    """All optimizer steps of one update -> the statistics of its minibatches, averaged over them."""
+    """All optimizer steps of one update -> the statistics of its minibatches, averaged over them.
+
+    rate: as in `clip_and_step`. ptx: written replies to draw from. warming: only the value model learns.
+    """
+    learning = {"value": models.value} if warming else models.trained
     count, samples = len(batch.scored.scores), batch.scored.rollout.samples
     means, done = loop.Means(), []
     alone = partial(gradient_of_row, batch, models, config)
@@ -377,17 +587,41 @@ def optimize(
             rows = rows.tolist()
             with blaming(models.trained, {row: row for row in rows}, alone, partial(all_tensors, batch), samples):
                 stats = accumulate_gradient(batch, rows, models, config)
+                if ptx and not warming:
+                    stats |= accumulate_ptx_gradient(ptx, len(rows), models, config, order)
                 losses = {name: stat for name, stat in stats.items() if name.startswith("loss/")}
                 if config.checks and not done:
                     checks.check_first_ratio(stats["val/ratio"], stats["val/ratio_var"], models.policy.dtype, where)
+                if warming:
+                    models.policy.zero_grad(set_to_none=True)
                 norms = loop.clip_and_step(
-                    optimizer, models.trained, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
+                    optimizer, learning, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
                 )
+                if models.average is not None and not warming:
+                    follow(models.average, models.policy, config.ema_decay)
             done.append(stats["policy/approxkl_avg"])
             means.add(stats | {f"{name}/grad_norm": norm for name, norm in norms.items()})
         if config.target_kl is not None and torch.stack(done[-len(minibatches) :]).mean() > config.target_kl:
             break
     return means.take()
+
+
+@torch.no_grad()
+def follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, parameter by parameter."""
+    for kept, now in zip(average.parameters(), model.parameters(), strict=True):
+        kept.lerp_(now.to(kept.dtype), 1 - decay)
+
+
+def accumulate_ptx_gradient(
+    examples: Sequence[Example], count: int, models: Models, config: PPOConfig, order: torch.Generator
+) -> dict[str, Tensor]:
+    """Add ptx_coef times the gradient of the mean loss over the reply tokens of `count` examples, drawn with replacement."""
+    drawn = [examples[row] for row in torch.randint(len(examples), (count,), generator=order).tolist()]
+    windows = loop.micro_batches(range(count), [len(example.ids) for example in drawn], config.micro_batch_size)
+    parts, pad_id = [[drawn[row] for row in window] for window in windows], models.tokenizer.pad_token_id
+    told = accumulate_loss(models.policy, parts, pad_id, config.full_logits, weight=config.ptx_coef)
+    return {"loss/ptx_avg": told["loss"]}
 
 
 def gradient_of_row(batch: Advantaged, models: Models, config: PPOConfig, row: int) -> dict[str, Tensor]:
@@ -402,6 +636,12 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
     """
     scored, rollout = batch.scored, batch.scored.rollout
     tokens = sum(rollout.response_lengths[row] for row in rows)
+    limits = {
+        "clip_low": config.cliprange,
+        "clip_high": config.cliprange if config.cliprange_high is None else config.cliprange_high,
+        "dual_clip": config.dual_clip,
+        "log_ratio_clip": config.log_ratio_clip,
+    }
     totals: dict[str, Tensor] = {}
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
@@ -412,14 +652,12 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
             ratios = len(window.rows) / len(rows)
             options |= {"response_mask": response_mask, "with_entropy": True}
             logprobs, entropies = response_logprobs(models.policy, ids, mask, length, **options)
-            policy_loss, policy_stats = group.reply_loss(
-                logprobs, old, advantages, clip=config.cliprange, replies=len(rows)
-            )
+            policy_loss, policy_stats = group.reply_loss(logprobs, old, advantages, replies=len(rows), **limits)
             entropy = entropies.sum() / tokens
             loss = policy_loss - config.entropy_coef * entropy if config.entropy_coef else policy_loss
             policy_stats |= {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
         else:
-            options |= {"clip_low": config.cliprange, "clip_high": config.cliprange, "normalizer": tokens}
+            options |= limits | {"normalizer": tokens}
             if config.advantage == "grpo":
                 options |= group.kl_options(scored.ref_logprobs[place], batch.kl_coef)
             loss, policy_stats = response_ppo_loss(
@@ -478,14 +716,28 @@ def describe(batch: Advantaged, kl_estimator: str) -> dict[str, float]:
             "objective/kl": kl_penalty(scored.logprobs, scored.ref_logprobs, mask=mask).sum(1).mean(),
             "objective/entropy": -scored.logprobs.sum(1).mean(),
             "objective/non_score_reward": non_score,
-            "objective/rlhf_reward": scored.scores.mean() + non_score,
+            "objective/rlhf_reward": scored.scores.mean() / batch.score_scale + non_score,
             "objective/scores": scored.scores.mean(),
             "val/num_eos_tokens": rollout.finished.sum(),
             "response/length": mask.sum(1).double().mean(),
             "response/eos_rate": rollout.finished.double().mean(),
         }
     )
-    return means.take() | {"objective/kl_coef": batch.kl_coef}
+    replies = [sample.response for sample in rollout.samples]
+    distinct = {f"response/distinct_{n}": distinct_n(replies, n) for n in (1, 2)}
+    return means.take() | distinct | {"objective/kl_coef": batch.kl_coef}
+
+
+def is_told(update: int, updates: int, times: int) -> bool:
+    """Whether this update's replies are shown, of `times` spread evenly over all updates, the last among them."""
+    return update * times // updates > (update - 1) * times // updates
+
+
+def completions(batch: Advantaged) -> list[dict[str, Any]]:
+    """The first replies of an update, with their scores."""
+    scored = batch.scored
+    rows = zip(scored.rollout.samples[:WRITTEN], scored.scores[:WRITTEN].tolist(), strict=True)
+    return [{"score": score, **dataclasses.asdict(sample)} for sample, score in rows]
 
 
 def adapted(kl_coef: float, kl: float, config: PPOConfig) -> float:

@@ -1,4 +1,4 @@
-"""What a stage leaves behind beside its model: `log.jsonl`, TensorBoard events, a progress bar, `stage.json`."""
+"""What a stage leaves behind beside its model: `log.jsonl`, what trackers keep, replies, a progress bar, `stage.json`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import numpy as np
 import torch
 
 import rlhf_fast
@@ -23,7 +25,10 @@ from rlhf_fast.train.checkpoint import SUMMARY, finite_json, remove_partials, wr
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.loop import StageConfig, say
 from rlhf_fast.train.resume import Checkpoints, Record, State, clear, sources
+from rlhf_fast.train.trackers import Entry, open_trackers, tell
 
+COMPLETIONS = "completions.jsonl"
+ON_SCREEN, CELL = 4, 240  # completions, and letters of each text
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 MOST_TIME_SAVING = 0.01  # share of a stage's time
 
@@ -31,27 +36,58 @@ Batch = TypeVar("Batch")
 
 
 class RunLog:
-    """`log.jsonl` (one object per logged step, flushed at once) and the same numbers for TensorBoard.
+    """`log.jsonl` (one object per logged step, flushed at once), the same numbers for trackers, and `completions.jsonl`.
 
-    It begins with `text`, the log of the first `done` steps; whatever else a killed process logged is forgotten.
+    It begins with `text`, the log of the first `done` steps; whatever else a killed process logged is forgotten. report_to:
+    see `trackers`, who are told `title` and `config` as well.
     """
 
-    def __init__(self, directory: Path, text: bytes = b"", done: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        directory: Path,
+        text: bytes = b"",
+        done: int = 0,
+        *,
+        report_to: str = "tensorboard",
+        title: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / "log.jsonl"
+        self._path, self._replies_path = directory / "log.jsonl", directory / COMPLETIONS
         with write_file(self._path) as partial:
             partial.write_bytes(text)
+        replies = self._keep_replies(done)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
+        entries = [_entry(json.loads(line), replies) for line in text.splitlines()]
+        with undisturbed():
+            self._trackers = open_trackers(report_to, directory, title, config or {}, entries)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _keep_replies(self, done: int) -> dict[int, list[dict[str, Any]]]:
+        """Forget the replies of later steps -> those of the first `done` by step."""
+        if not self._replies_path.is_file():
+            return {}
+        kept = []
+        for line in self._replies_path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # the line at which a process was killed
+                kept.append(json.loads(line))
+        kept = [row for row in kept if row["step"] <= done]
+        with write_file(self._replies_path) as partial:
+            partial.write_text(_lines(kept), encoding="utf-8")
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for row in kept:
+            by_step.setdefault(row.pop("step"), []).append(row)
+        return by_step
+
+    def log(self, step: int, metrics: Mapping[str, float], completions: Sequence[Mapping[str, Any]] = ()) -> None:
         line = {"step": step} | {name: finite_json(float(value)) for name, value in metrics.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        if completions:
+            with self._replies_path.open("a", encoding="utf-8") as file:
+                file.write(_lines([{"step": step, **row} for row in completions]))
+        values = {name: float(value) for name, value in metrics.items()}
+        with undisturbed():
+            tell(self._trackers, [Entry(step, values, completions)])
 
     def text(self) -> bytes:
         """What `log.jsonl` holds."""
@@ -60,7 +96,29 @@ class RunLog:
     def close(self) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _entry(line: Mapping[str, Any], replies: Mapping[int, list[dict[str, Any]]]) -> Entry:
+    """What a line of `log.jsonl` and the replies of its step say."""
+    metrics = {name: float(value) for name, value in line.items() if name != "step"}
+    return Entry(line["step"], metrics, replies.get(line["step"], ()))
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(finite_json(dict(row)), allow_nan=False) + "\n" for row in rows)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Python's and numpy's random numbers go on as if nothing inside had drawn any; importing rich does, for one."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 class Progress:
@@ -86,9 +144,35 @@ class Progress:
             line = f"{self._title}  {done}/{self._total}  {speed:.3g}/s  {left:.0f} s left  {shown}"
             print(line, file=self._stream, flush=True)
 
+    def show(self, step: int, completions: Sequence[Mapping[str, Any]]) -> None:
+        """Print the first completions of a step as a table."""
+        with undisturbed():
+            from rich.console import Console
+
+            table = completions_table(f"{self._title} {step}", completions[:ON_SCREEN])
+            (self._bar.console if self._bar else Console(file=self._stream, width=100)).print(table)
+
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def completions_table(title: str, completions: Sequence[Mapping[str, Any]]) -> Any:
+    """A rich table of completions; what a model writes is shown as text, whatever it says to the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    def cell(value: Any) -> Text:
+        text = f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())
+        text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+        return Text(text if len(text) <= CELL else text[: CELL - 1] + "…")
+
+    table = Table(title=title)
+    for name in completions[0]:
+        table.add_column(name)
+    for row in completions:
+        table.add_row(*map(cell, row.values()))
+    return table
 
 
 def _rich_bar(stream: TextIO) -> Any:
@@ -129,7 +213,9 @@ class Stage:
         with ExitStack() as stack:
             stack.enter_context(self._checkpoints.locked())
             remove_partials(self.out, *filter(Path.is_dir, self.out.iterdir()))
-            self._log = RunLog(self.out, self._restore(), self.state.step)
+            text = self._restore()
+            told = {"report_to": self.config.report_to, "title": self.name, "config": self._origin["config"]}
+            self._log = RunLog(self.out, text, self.state.step, **told)
             stack.callback(self._log.close)
             self._progress = Progress(self.name, self.total_steps, before=self.state.step)
             stack.callback(self._progress.close)
@@ -180,9 +266,17 @@ class Stage:
         self._saved_at = time.perf_counter()
         self._save_seconds, self._saves = self._save_seconds + self._saved_at - start, self._saves + 1
 
-    def log(self, step: int, metrics: Mapping[str, float], show: Sequence[str]) -> None:
-        """Log `metrics` for `step` (1-based); the ones named in `show` appear beside the progress bar."""
-        self._log.log(step, self._clocks() | dict(metrics))
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        show: Sequence[str],
+        completions: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Log `metrics` for `step` (1-based), and replies as rows; the ones named in `show` appear beside the progress bar."""
+        self._log.log(step, self._clocks() | dict(metrics), completions)
+        if completions:
+            self._progress.show(step, completions)
         self._progress.update(step, "  ".join(f"{name} {metrics[name]:.4g}" for name in show if name in metrics))
 
     def finish(self, results: Mapping[str, Any]) -> None:

@@ -26,6 +26,29 @@ class Example:
     start: int
 
 
+def accumulate_loss(
+    model: PreTrainedModel,
+    parts: Sequence[Sequence[Example]],
+    pad_id: int,
+    full_logits: bool = False,
+    *,
+    weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """Add `weight` times the gradient of the mean loss over all reply tokens of a batch, given in parts.
+
+    Returns loss and entropy, means over these tokens in nats, both without the weight.
+    """
+    normalizer = sum(len(example.ids) - example.start for part in parts for example in part)
+    loss = entropy = torch.zeros((), device=model.device)
+    for part in parts:
+        logprobs, entropies = reply_logprobs(model, part, pad_id, full_logits)
+        part_loss = -logprobs.sum() / normalizer
+        (weight * part_loss).backward()
+        loss = loss + part_loss.detach()
+        entropy = entropy + entropies.detach().sum() / normalizer
+    return {"loss": loss, "entropy": entropy}
+
+
 def encode(encoder: Encoder, prompt: str, response: str) -> Example:
     prompt_ids = encoder.prompt(prompt) if prompt else encoder.beginning()
     # The first token of all follows nothing, so there is no probability of it to learn.

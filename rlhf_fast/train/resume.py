@@ -66,15 +66,18 @@ FREE = {
     "model",
     "reward_model",
     "chat_template",
+    "ptx_data",
     "resume",
     "save_every",
     "keep_checkpoints",
     "logging_steps",
+    "report_to",
+    "num_sample_generations",
     "checks",
 }
 FREE_ON_MACHINE = {"device", "threads"}  # what they lead to is compared
 # These add up the same numbers in another order: allowed, so that a run may go on with less memory, and said.
-ROUNDING = {"micro_batch_size", "full_logits"}
+ROUNDING = {"micro_batch_size", "rollout_micro_batch_size", "full_logits"}
 
 
 class Damaged(UserError):

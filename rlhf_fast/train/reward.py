@@ -54,9 +54,14 @@ class RewardConfig(loop.StageConfig):
     warmup_steps: int = option(0, "updates over which the rate rises", minimum=0)
     weight_decay: float = option(0.01, "decoupled weight decay of AdamW", minimum=0)
     adam_epsilon: float = option(1e-5, "epsilon of AdamW", above=0, source=loop.N_PLUS)
-    max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this; 0: never", minimum=0)
+    max_grad_norm: float = option(
+        1.0, "the gradient's norm is clipped to this; 0: never", minimum=0, source=loop.CLIPPED_BY
+    )
     center_coef: float = option(
         0.0, "weight of (chosen + rejected)^2 in the loss", minimum=0, source="arXiv 2312.09244"
+    )
+    head_init_std: float | None = option(
+        None, "standard deviation of the new head's weights; none: 1/sqrt(width + 1)", above=0, source=loop.N_PLUS
     )
     normalize_samples: int = option(
         256, "policy replies to normalise on; 0: do not", minimum=0, source="arXiv 1909.08593", group="normalisation"
@@ -90,8 +95,9 @@ def train(config: RewardConfig) -> Path:
     rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows, chat=chat)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
-    model, tokenizer = reward_from_policy(config.model, dtype=config.dtype, device=device, chat=chat)
-    policy, _ = load_policy(config.model, dtype=config.dtype, device=device, chat=chat)
+    places = {"dtype": config.dtype, "device": device, "chat": chat}
+    model, tokenizer = reward_from_policy(config.model, **places, std=config.head_init_std)
+    policy, _ = load_policy(config.model, **places)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,

@@ -41,6 +41,7 @@ class Models:
     value: PreTrainedModel | None
     reward: PreTrainedModel | RewardFunction
     tokenizer: PreTrainedTokenizerBase
+    average: PreTrainedModel | None = None  # of the policy's weights over the steps
 
     @property
     def trained(self) -> dict[str, PreTrainedModel]:
@@ -109,6 +110,7 @@ class Advantaged:
     kl_coef: float
     advantages: Tensor  # [B, T], whitened if that was asked for; or one a reply, [B, 1]
     returns: Tensor | None  # [B, T], advantages before whitening plus values
+    score_scale: float = 1.0  # what the scores were divided by before they became rewards
 
 
 def roll_out(
@@ -118,9 +120,10 @@ def roll_out(
     *,
     response_length: int,
     temperature: float,
+    stop: Sequence[int] | None = None,
     watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Rollout:
-    """One reply of the policy to each of `prompts`, whose token ids are `queries`; `watch` as in `generate`."""
+    """One reply of the policy to each of `prompts`, whose token ids are `queries`; `stop` and `watch` as in `generate`."""
     completions = generate(
         models.policy,
         models.tokenizer,
@@ -128,6 +131,7 @@ def roll_out(
         max_new_tokens=response_length,
         temperature=temperature,
         batch_size=len(queries),
+        stop=stop,
         watch=watch,
     )
     finished = completions.finished.tolist()
@@ -152,12 +156,13 @@ def score(
     missing_eos: str,
     missing_eos_penalty: float,
     micro_batch_size: int,
+    min_response_length: int = 0,
     full_logits: bool = False,
 ) -> Scored:
     """Score the replies and weigh each of their tokens, `micro_batch_size` rows at a time (0: all at once).
 
-    missing_eos: a reply without an end scores -missing_eos_penalty ("replace"), that much less ("subtract"), or what
-    the reward says ("none").
+    missing_eos: a reply without an end, or of less than `min_response_length` tokens, scores -missing_eos_penalty
+    ("replace"), that much less ("subtract"), or what the reward says ("none").
     """
     wide = torch.promote_types(models.policy.dtype, torch.float32)
     logprobs, ref_logprobs, values = (rollout.ids.new_zeros(rollout.response_mask.shape, dtype=wide) for _ in range(3))
@@ -174,10 +179,11 @@ def score(
             scores[window.rows] = sequence_scores(models.reward, ids, mask)
     if not isinstance(models.reward, torch.nn.Module):
         scores = call_reward(models.reward, rollout.samples).to(scores)
+    right = rollout.finished & (rollout.response_mask.sum(1) >= min_response_length)
     if missing_eos == "replace":
-        scores = scores.masked_fill(~rollout.finished, -missing_eos_penalty)
+        scores = scores.masked_fill(~right, -missing_eos_penalty)
     elif missing_eos == "subtract":
-        scores = torch.where(rollout.finished, scores, scores - missing_eos_penalty)
+        scores = torch.where(right, scores, scores - missing_eos_penalty)
     return Scored(rollout, scores, logprobs, ref_logprobs, None if models.value is None else values)
 
 
@@ -206,8 +212,10 @@ def advantage(
     lam: float,
     whiten_rewards: bool,
     whiten_advantages: bool,
+    whiten_unbiased: bool = False,
+    advantage_clip: float | None = None,
 ) -> Advantaged:
-    """Rewards per token, then advantages and returns. Whitened advantages use the biased variance, as N+ does."""
+    """Rewards per token, then advantages and returns; whitened advantages are clipped last, returns never."""
     mask = scored.rollout.response_mask
     rewards = shape_rewards(
         scored.scores,
@@ -222,5 +230,7 @@ def advantage(
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, scored.values, mask, gamma=gamma, lam=lam)
     if whiten_advantages:
-        advantages = masked_whiten(advantages, mask, unbiased=False)
+        advantages = masked_whiten(advantages, mask, unbiased=whiten_unbiased)
+    if advantage_clip is not None:
+        advantages = advantages.clamp(-advantage_clip, advantage_clip)
     return Advantaged(scored, kl_coef, advantages, returns)

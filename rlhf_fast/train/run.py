@@ -45,6 +45,8 @@ from rlhf_fast.train.report import write_report
 from rlhf_fast.train.resume import compare, tidy
 from rlhf_fast.train.reward import RewardConfig
 from rlhf_fast.train.sft import SFTConfig
+from rlhf_fast.train.trackers import REPORT_TO
+from rlhf_fast.train.trackers import check as check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,6 +112,7 @@ class RunConfig:
     dtype: str = option("float32", "type of weights and activations", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads; 0: 1 for a model below 5 million parameters, else torch's choice", minimum=0)
     checks: bool = option(True, loop.CHECKS)
+    report_to: str = option("tensorboard", REPORT_TO, several=True, check=check_trackers, group="trackers")
     resume: bool = option(True, loop.RESUME, group="checkpoints")
     save_every: float = option(30.0, loop.SAVE_EVERY, minimum=0)
     keep_checkpoints: int = option(2, loop.KEEP_CHECKPOINTS, minimum=1)
@@ -203,7 +206,7 @@ def _stages(
         places = {"model": sft_dir, "output_dir": out / "ppo"}
         places |= {"reward_model": reward_dir} if config.ppo.reward is None else {}
         trained = ppo.train(stage_config(config, config.ppo, **places), judge=judge)
-        sampling = {"response_length": config.ppo.response_length, "temperature": config.ppo.temperature}
+        sampling = {key: getattr(config.ppo, key) for key in ("response_length", "temperature", "stop_token")}
     else:
         trained = dpo.train(stage_config(config, config.dpo, model=sft_dir, data=pairs, output_dir=out / "dpo"))
         sampling = {"response_length": config.dpo.max_response_tokens}

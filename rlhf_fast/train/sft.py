@@ -28,7 +28,7 @@ from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head
 from rlhf_fast.train.record import Stage
-from rlhf_fast.train.replies import Example, encode, reply_logprobs
+from rlhf_fast.train.replies import Example, accumulate_loss, encode, reply_logprobs
 from rlhf_fast.train.resume import State, claim
 
 if TYPE_CHECKING:
@@ -146,15 +146,7 @@ def accumulate_gradient(
     model: PreTrainedModel, parts: Sequence[Sequence[Example]], pad_id: int, full_logits: bool = False
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over all reply tokens of a batch, given in parts -> its loss and entropy."""
-    normalizer = sum(len(example.ids) - example.start for part in parts for example in part)
-    loss = entropy = torch.zeros((), device=model.device)
-    for part in parts:
-        logprobs, entropies = reply_logprobs(model, part, pad_id, full_logits)
-        part_loss = -logprobs.sum() / normalizer
-        part_loss.backward()
-        loss = loss + part_loss.detach()
-        entropy = entropy + entropies.detach().sum() / normalizer
-    return {"loss": loss, "entropy": entropy}
+    return accumulate_loss(model, parts, pad_id, full_logits)
 
 
 @torch.inference_mode()

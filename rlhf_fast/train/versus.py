@@ -11,6 +11,7 @@ from rlhf_fast.train.checkpoint import claim_output, write_json
 from rlhf_fast.train.config import option, required, validate
 from rlhf_fast.train.data import read_prompts, split_heldout
 from rlhf_fast.train.evaluate import Judge, PairJudge, compare_policies
+from rlhf_fast.train.generate import EOS, STOP_TOKEN
 from rlhf_fast.train.rewards import SPEC, make_reward
 
 RESULT = "evaluation.json"
@@ -40,6 +41,7 @@ class EvaluateConfig:
     max_prompt_tokens: int = option(512, "longer prompts lose their beginning", minimum=1)
     response_length: int = option(53, "most tokens of a reply", minimum=1, source=loop.N_PLUS)
     temperature: float = option(0.7, "of both policies; 0: always the likeliest token", minimum=0, source=loop.N_PLUS)
+    stop_token: str | None = option(EOS, STOP_TOKEN, source=loop.N_PLUS)
     seed: int = option(0, "seed of the sampling", group="machine")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
@@ -64,6 +66,7 @@ def evaluate(config: EvaluateConfig, *, judge: Judge | PairJudge | None = None, 
         max_prompt_tokens=config.max_prompt_tokens,
         response_length=config.response_length,
         temperature=config.temperature,
+        stop_token=config.stop_token,
         seed=config.seed,
         device=device,
         chat=chat,

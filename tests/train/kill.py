@@ -62,6 +62,9 @@ PPO = {
     "learning_rate": 1e-3,
     "kl_target": 0.05,
     "kl_horizon": 100,
+    "reward_scaling": True,
+    "ptx_coef": 0.5,
+    "ema_decay": 0.8,
 }
 SHARED = {"heldout_fraction": 0.2, "save_every": 0.0}
 MODEL = {"vocab_size": 280, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "context_length": 64}

@@ -180,6 +180,11 @@ PROMPTS = [f"the {a} {b}" for a, b in itertools.product(WORDS[1:4], WORDS[5:8])]
 OPTIONS = {"response_length": 12, "temperature": 1.0, "batch_size": 4}
 
 
+def test_compare_policies_ends_replies_where_it_is_told(models):
+    result = compare_policies(models / "sft", models / "ppo", PROMPTS, Counting("the"), stop_token=None, **OPTIONS)
+    assert [(result[f"length_{side}"], result[f"eos_rate_{side}"]) for side in ("before", "after")] == [(12, 0)] * 2
+
+
 def test_compare_policies_gives_what_the_report_needs(models):
     judge = Counting("the")
     preferences = [Preference(prompt, "the fox", "rain", i) for i, prompt in enumerate(PROMPTS)]

@@ -2,7 +2,8 @@ import pytest
 import tiny
 import torch
 
-from rlhf_fast.train.generate import Completions, Sample, generate, generation_config
+from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.generate import Completions, Sample, generate, generation_config, stop_ids
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.policy import response_logprobs
 
@@ -33,6 +34,34 @@ def test_prompts_are_padded_on_the_left_and_nothing_follows_the_end(policy):
         assert ids[length:] == [tokenizer.pad_token_id] * (len(ids) - length)
         lengths.add((length, finished))
     assert {finished for _, finished in lengths} == {True, False} and len(lengths) > 5
+
+
+def test_the_first_of_several_stop_tokens_ends_a_reply(policy):
+    _, tokenizer = policy
+    stop = stop_ids(tokenizer, "}")
+    assert len(stop) == 2 and tokenizer.eos_token_id in stop
+    made = sample(policy, PROMPTS * 40, max_new_tokens=30, stop=stop)
+    last = set()
+    rows = zip(made.response_ids.tolist(), made.response_mask.sum(1).tolist(), made.finished.tolist(), strict=True)
+    for ids, length, finished in rows:
+        assert not set(ids[: length - finished]) & set(stop)
+        assert set(ids[length:]) <= {tokenizer.pad_token_id}
+        last |= {ids[length - 1]} if finished else set()
+    assert last == set(stop)
+
+
+def test_without_stop_tokens_every_reply_has_full_length(policy):
+    _, tokenizer = policy
+    made = sample(policy, PROMPTS * 40, max_new_tokens=30, batch_size=50, stop=stop_ids(tokenizer, None))
+    assert made.response_mask.all() and made.response_mask.shape == (120, 30) and not made.finished.any()
+    assert (made.response_ids == tokenizer.eos_token_id).any()
+
+
+def test_a_stop_token_has_to_be_one_token(policy):
+    _, tokenizer = policy
+    assert stop_ids(tokenizer, "eos") == [tokenizer.eos_token_id] and stop_ids(tokenizer, None) == []
+    with pytest.raises(UserError, match="stop_token 'sat on' is not one token of this tokenizer but"):
+        stop_ids(tokenizer, "sat on")
 
 
 def test_the_state_of_the_generator_decides_the_replies(policy):

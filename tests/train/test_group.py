@@ -102,8 +102,12 @@ class Transcription:
             ratio = torch.cat([torch.exp(n - old) for n, old, _ in parts])
             each = [self.advantages[row] for row in rows for _ in self.rows[row][1]]
         advantages = torch.tensor(each, dtype=torch.float64)
-        free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - c.cliprange, 1 + c.cliprange)
-        policy_loss, mean_entropy = torch.maximum(free, clipped).mean(), torch.cat(entropy).mean()
+        high = c.cliprange if c.cliprange_high is None else c.cliprange_high
+        free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - c.cliprange, 1 + high)
+        losses, mean_entropy = torch.maximum(free, clipped), torch.cat(entropy).mean()
+        if c.dual_clip is not None:
+            losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * c.dual_clip), losses)
+        policy_loss = losses.mean()
         stats = {
             "loss/policy_avg": policy_loss,
             "policy/entropy_avg": mean_entropy,
@@ -139,6 +143,8 @@ CASES = {
     "grpo": chosen("grpo"),
     "grpo, micro-batches of 3": chosen("grpo", micro_batch_size=3, score_clip=0.2),
     "grpo, pairs": chosen("grpo", group_size=2, kl_estimator="k3", entropy_coef=0.0),
+    "grpo, clip higher": chosen("grpo", cliprange=0.05, cliprange_high=0.28),
+    "rloo, dual clip": chosen("rloo", learning_rate=2e-3, cliprange_high=0.3, dual_clip=1.05),
     "rloo": chosen("rloo", learning_rate=2e-3),
     "rloo, micro-batches of 3": chosen("rloo", learning_rate=2e-3, micro_batch_size=3, num_mini_batches=1),
     "rloo, pairs": chosen("rloo", learning_rate=2e-3, group_size=2, kl_estimator="k3", score_clip=0.2),

@@ -107,6 +107,10 @@ def test_the_head_is_drawn_as_published_and_its_bias_survives_saving(bases, arch
     for seed in range(20):
         torch.manual_seed(seed)
         draws.append(reward_from_policy(bases["gpt2"])[0].score.weight.detach())
+    torch.manual_seed(0)
+    wide = reward_from_policy(bases["gpt2"], std=3.0)[0].score.weight
+    torch.manual_seed(0)
+    torch.testing.assert_close(wide, reward_from_policy(bases["gpt2"])[0].score.weight * 3 * math.sqrt(17))
     assert torch.cat(draws).std().item() == pytest.approx(1 / math.sqrt(17), rel=0.15)
     with torch.no_grad():
         model.score.bias.fill_(-2.5)

@@ -1,5 +1,6 @@
 """Killed, damaged, changed: a share of the two soak tests, and what they do not look at."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -83,6 +84,15 @@ def test_tensorboard_shows_each_step_once(world, peaceful, killed):
         return [(event.step, event.value) for event in events.Scalars("objective/kl")]
 
     assert curve(place) == curve(world.place / "peace" / "ppo") and len(curve(place)) == 5
+
+
+def test_a_csv_file_and_the_replies_hold_each_step_once(world, peaceful, killed):
+    place = copy_of(world, killed["ppo"])
+    assert kill.child(world.stage("ppo", report_to="csv"), place).code == kill.FINISHED
+    with (place / "out" / "log.csv").open(newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3, 4, 5]
+    replies = (place / "out" / "completions.jsonl").read_bytes()
+    assert replies and replies == (world.place / "peace" / "ppo" / "out" / "completions.jsonl").read_bytes()
 
 
 def test_another_process_continues_what_one_left(world, peaceful):
