@@ -17,6 +17,7 @@ LAYERS = [
     "train.data",
     "train.model",
     "train.policy",
+    "train.lora",
     "train.generate",
     "train.checkpoint",
     "train.loop",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dpo_loss
-from rlhf_fast.train import checks, loop
+from rlhf_fast.train import checks, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, read_preferences, split_heldout
@@ -41,7 +41,7 @@ SMOOTHED = ("sigmoid", "robust")
 
 
 @dataclass(frozen=True)
-class DPOConfig(loop.StageConfig):
+class DPOConfig(loop.TrainConfig):
     """DPO on preference pairs; `model` is the fine-tuned policy, which also is the reference."""
 
     max_prompt_tokens: int = option(
@@ -98,6 +98,7 @@ def train(config: DPOConfig) -> Path:
     """
     validate(config)
     check(config)
+    lora.check(config, "dpo")
     out, finished = claim("dpo", config)
     if finished:
         return out
@@ -106,6 +107,7 @@ def train(config: DPOConfig) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
+    lora.attach(model, config)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,

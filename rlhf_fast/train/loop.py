@@ -57,6 +57,26 @@ class StageConfig:
     keep_checkpoints: int = option(2, KEEP_CHECKPOINTS, minimum=1)
 
 
+@dataclass(frozen=True)
+class TrainConfig(StageConfig):
+    """The keys that decide what of a model is trained, and what of it is in memory meanwhile."""
+
+    lora_rank: int = option(
+        0,
+        "train an adapter of this rank in place of the weights; 0: train the weights",
+        minimum=0,
+        source="arXiv 2106.09685",
+        group="memory",
+    )
+    lora_alpha: float = option(32.0, "the adapter counts lora_alpha / lora_rank times", above=0, source="TRL 1.16")
+    lora_target_modules: str = option(
+        "all-linear",
+        "layers that get one, names with commas; or all but the head",
+        several=True,
+        source="arXiv 2305.14314",
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ process
 
 
@@ -215,8 +235,8 @@ def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, wa
 
 
 def adamw(models: Sequence[nn.Module], *, weight_decay: float, epsilon: float) -> torch.optim.AdamW:
-    """AdamW over all parameters of `models`; the learning rate is set before every step."""
-    parameters = [parameter for model in models for parameter in model.parameters()]
+    """AdamW over all parameters of `models` that are trained; the learning rate is set before every step."""
+    parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(parameters, lr=0.0, eps=epsilon, weight_decay=weight_decay, fused=True)
 
 

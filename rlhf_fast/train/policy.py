@@ -142,10 +142,12 @@ def _find_head(model: PreTrainedModel) -> LogitHead:
     layer, name = model.get_output_embeddings(), type(model).__name__
     # Exactly that class: an adapter that starts at zero would pass every trial.
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        hooked = " with hooks" if type(layer) is nn.Linear else ""
-        raise UserError(
-            f"the logits of {name} come from a {type(layer).__name__}{hooked}, not a plain nn.Linear. {ADVICE}"
-        )
+        kind = type(layer).__name__
+        if type(layer) is nn.Linear:
+            kind += " with hooks"
+        elif kind == "Linear":  # as an adapter's calls itself
+            kind = f"{type(layer).__module__}.Linear"
+        raise UserError(f"the logits of {name} come from a {kind}, not a plain nn.Linear. {ADVICE}")
     read, made, logits, hidden = _trial(model, layer)
     config = model.config.get_text_config()
     stretches = [getattr(config, key, None) for key in SCALES]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, group, loop
+from rlhf_fast.train import checks, group, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
@@ -46,7 +46,7 @@ UNREAD = {"gae": ("group_size",), "grpo": OF_VALUES, "rloo": OF_VALUES}
 
 
 @dataclass(frozen=True)
-class PPOConfig(loop.StageConfig):
+class PPOConfig(loop.TrainConfig):
     """PPO on the prompts of `data`; `model` is the fine-tuned policy, which also stays as the reference."""
 
     reward_model: str | None = option(
@@ -261,6 +261,7 @@ def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None
             )
     if config.advantage == "grpo" and config.kl_estimator not in (PPOConfig.kl_estimator, group.KL_IN_LOSS):
         raise UserError(f"ppo: 'kl_estimator' is {group.KL_IN_LOSS} with advantage grpo, got {config.kl_estimator}")
+    lora.check(config, "ppo")
     if config.batch_size % replies_each(config):
         raise UserError(
             f"ppo: 'batch_size' {config.batch_size} counts replies, so it must be a multiple of 'group_size' "
@@ -279,20 +280,25 @@ def kl_estimator(config: PPOConfig) -> str:
 
 
 def load_models(config: PPOConfig, reward: Any, device: torch.device) -> Models:
-    """Policy and its frozen copy; reward model and, for gae, its copy that becomes the value model (N+, detail 22)."""
+    """Policy and its frozen copy; reward model and, for gae, its copy that becomes the value model (N+, detail 22).
+
+    With an adapter the policy is its own reference, and the value model has an adapter as well.
+    """
     places = {"dtype": config.dtype, "device": device}
     policy, tokenizer = load_policy(config.model, **places)
-    reference, _ = load_policy(config.model, **places)
+    reference = lora.attach(policy, config) if config.lora_rank else load_policy(config.model, **places)[0]
     valued, value = config.advantage == "gae", None
     if reward is not None:
         if valued:
             value, _ = reward_from_policy(config.model, **places)
             torch.nn.init.zeros_(value.score.weight)
+            lora.attach(value, config)
         return Models(policy, reference, value, make_reward(reward, tokenizer=tokenizer, device=device), tokenizer)
     reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)
     checks.check_same_words(tokenizer, reward_tokenizer, (config.model, config.reward_model))
     if valued:
         value, _ = load_scalar_model(config.reward_model, **places)
+        lora.attach(value, config)
     return Models(policy, reference, value, reward_model, tokenizer)
 
 

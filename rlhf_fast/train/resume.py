@@ -5,7 +5,7 @@ is not saved is made again from the same inputs, whose digests are compared. Unt
 `output_dir/checkpoints` the newest few
 
     step-000120/            whole, or not there: written beside, flushed, renamed
-      NAME.safetensors      each trained model
+      NAME.safetensors      each trained model; of one with an adapter, what is trained
       optimizer.safetensors
       state.json            step, counters, random states, clocks; stage, config and inputs that they belong to
       log.jsonl             the log up to here
@@ -154,8 +154,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    """Parameters that are trained and buffers, by name, tied ones once. The others come from the model's directory."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | dict(model.named_buffers())
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
-from rlhf_fast.train import checks, loop
+from rlhf_fast.train import checks, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, collate, read_preferences, split_heldout
@@ -38,7 +38,7 @@ SMALLEST_SPREAD = 1e-6
 
 
 @dataclass(frozen=True)
-class RewardConfig(loop.StageConfig):
+class RewardConfig(loop.TrainConfig):
     """A reward model from preference pairs; `model` is the directory of the fine-tuned policy."""
 
     max_prompt_tokens: int = option(
@@ -81,6 +81,7 @@ def train(config: RewardConfig) -> Path:
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
+    lora.check(config, "reward")
     out, finished = claim("reward", config)
     if finished:
         return out
@@ -89,6 +90,7 @@ def train(config: RewardConfig) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = reward_from_policy(config.model, dtype=config.dtype, device=device)
+    lora.attach(model, config)
     policy, _ = load_policy(config.model, dtype=config.dtype, device=device)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(

@@ -10,6 +10,7 @@ at a time, cut to the columns that hold their tokens; nothing here depends on ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from rlhf_fast import gae, masked_whiten, shape_rewards
 from rlhf_fast.train import loop
 from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.generate import Sample, generate
+from rlhf_fast.train.lora import switched_off
 from rlhf_fast.train.model import sequence_scores, token_values
 from rlhf_fast.train.policy import response_logprobs
 
@@ -33,6 +35,7 @@ RewardFunction = Callable[[list[Sample]], Sequence[float]]
 class Models:
     """What takes part: `policy` and `value` are trained, `reference` stays; `reward` is a model or any function.
 
+    A policy with an adapter is its own reference, with the adapter switched off: read it inside `referring`.
     Without a value model, replies are weighed against each other: see `group`.
     """
 
@@ -41,6 +44,12 @@ class Models:
     value: PreTrainedModel | None
     reward: PreTrainedModel | RewardFunction
     tokenizer: PreTrainedTokenizerBase
+
+    @contextmanager
+    def referring(self) -> Iterator[PreTrainedModel]:
+        """The reference, as it is to be read: inside, a policy that is its own reference is the policy no longer."""
+        with switched_off(self.policy) if self.reference is self.policy else nullcontext():
+            yield self.reference
 
     @property
     def trained(self) -> dict[str, PreTrainedModel]:
@@ -167,7 +176,8 @@ def score(
         place, length = (window.rows, window.response), window.response_length
         scale = {"temperature": temperature, "response_mask": response_mask, "full_logits": full_logits}
         logprobs[place] = response_logprobs(models.policy, ids, mask, length, **scale)
-        ref_logprobs[place] = response_logprobs(models.reference, ids, mask, length, **scale)
+        with models.referring() as reference:
+            ref_logprobs[place] = response_logprobs(reference, ids, mask, length, **scale)
         if models.value is not None:
             values[place] = token_values(models.value, ids, mask, length) * response_mask
         if isinstance(models.reward, torch.nn.Module):

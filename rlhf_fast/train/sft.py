@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast.train import checks, loop
+from rlhf_fast.train import checks, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_demonstrations, split_heldout
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SFTConfig(loop.StageConfig):
+class SFTConfig(loop.TrainConfig):
     """Supervised fine-tuning on demonstrations, or on the chosen replies of preference pairs."""
 
     max_prompt_tokens: int = option(
@@ -64,6 +64,7 @@ def train(config: SFTConfig) -> Path:
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
+    lora.check(config, "sft")
     out, finished = claim("sft", config)
     if finished:
         return out
@@ -72,6 +73,7 @@ def train(config: SFTConfig) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
+    lora.attach(model, config)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
