@@ -186,9 +186,16 @@ COMMANDS = {
 }
 
 
-def run_stage(command: Command, cls: type, train: Callable[[Any], Path], words: Sequence[str]) -> None:
-    config = read_config(command, cls, words)
-    directory = train(config)
+def run_stage(command: Command, cls: type, train: Callable[..., Path], words: Sequence[str]) -> None:
+    parser = config_parser(command, cls)
+    help = "print the memory and time it would take, from a few rows, and write nothing"
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help=help)
+    flags = parser.parse(words)
+    dry_run = flags.pop("dry_run")
+    config = build(cls, flags.pop("config", None), flags)
+    directory = train(config, dry_run=dry_run)
+    if dry_run:
+        return
     dump_yaml(config, directory / "config.yaml")
     conclude(directory)
 

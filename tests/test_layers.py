@@ -21,6 +21,7 @@ LAYERS = [
     "train.generate",
     "train.checkpoint",
     "train.loop",
+    "train.estimate",
     "train.finite",
     "train.replies",
     "train.resume",

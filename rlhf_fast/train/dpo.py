@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dpo_loss
-from rlhf_fast.train import checks, loop, lora
+from rlhf_fast.train import checks, estimate, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, read_preferences, split_heldout
@@ -91,9 +91,10 @@ class Pair:
         return self.chosen, self.rejected
 
 
-def train(config: DPOConfig) -> Path:
+def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
+    dry_run: print what memory and time it would take instead, and write nothing.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
@@ -103,6 +104,8 @@ def train(config: DPOConfig) -> Path:
     if finished:
         return out
     device = loop.pick_device(config.device)
+    if dry_run and not estimate.begin("dpo", config, device):
+        return out
     rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
@@ -127,8 +130,11 @@ def train(config: DPOConfig) -> Path:
         checks.check_preferences(config, model, encoder, prompts, len(rows), sequences, **reading)
     if not config.full_logits:
         logit_head(model)  # a model without one is refused here
-    loop.say(f"dpo: the reference reads {len(rows):,} pairs")
-    reference, heldout_reference = (logprobs_of(model, side, pad_id, config) for side in (pairs, heldout))
+    if dry_run:
+        reference = torch.zeros(2, len(pairs))
+    else:
+        loop.say(f"dpo: the reference reads {len(rows):,} pairs")
+        reference, heldout_reference = (logprobs_of(model, side, pad_id, config) for side in (pairs, heldout))
     lengths = [len(pair) for pair in pairs]
     batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
     total_steps = len(batches)
@@ -138,9 +144,16 @@ def train(config: DPOConfig) -> Path:
     inputs = {"training rows": pairs, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, so_far, inputs, means)
 
-    def alone(row: int) -> dict[str, Tensor]:
-        return accumulate_gradient(model, pairs, reference, [[row]], pad_id, config)
+    def of_rows(rows: Sequence[int]) -> dict[str, Tensor]:
+        return accumulate_gradient(model, pairs, reference, [rows], pad_id, config)
 
+    def alone(row: int) -> dict[str, Tensor]:
+        return of_rows([row])
+
+    if dry_run:
+        tried = (lengths, batches, of_rows)
+        estimate.passes("dpo", config, {"model": model}, optimizer, *tried, sequences=2, device=device)
+        return out
     with Stage("dpo", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)

@@ -140,9 +140,14 @@ def _load_scalar(directory: str | Path, kind: str, *, dtype: str, new: tuple[str
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise UserError(f"model {directory} ({type(model).__name__}) has no head 'score' with one output per token")
-    if head.bias is None:
-        head.bias = nn.Parameter(head.weight.new_zeros(1))
+    add_head_bias(model)
     return model, tokenizer
+
+
+def add_head_bias(model: PreTrainedModel) -> None:
+    """Give the head `score` a bias, 0, unless it has one: `transformers` makes it without."""
+    if model.score.bias is None:
+        model.score.bias = nn.Parameter(model.score.weight.new_zeros(1))
 
 
 def _load(
@@ -166,7 +171,8 @@ def _load(
     return model, tokenizer
 
 
-def _check_directory(name_or_dir: str | Path) -> None:
+def check_directory(name_or_dir: str | Path) -> None:
+    """UserError for a path that is no directory with a model; a name of the hub is taken as it is."""
     path = Path(name_or_dir)
     if not path.is_dir():
         if path.exists() or path.is_absolute() or str(name_or_dir).startswith(".") or len(path.parts) > 2:
@@ -181,7 +187,7 @@ def _check_directory(name_or_dir: str | Path) -> None:
 def _load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    _check_directory(name_or_dir)
+    check_directory(name_or_dir)
     # For some architectures AutoTokenizer prefers its own class, which adds tokens, to the one the directory declares.
     declared = Path(name_or_dir) / "tokenizer_config.json"
     generic = declared.is_file() and '"TokenizersBackend"' in declared.read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, group, loop, lora
+from rlhf_fast.train import checks, estimate, group, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
@@ -126,13 +126,16 @@ class PPOConfig(loop.TrainConfig):
     )
 
 
-def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | None = None) -> Path:
+def train(
+    config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | None = None, dry_run: bool = False
+) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
     reward: a function from replies to one number each, an nn.Module, or a list of such with weights (see `rewards`), in
     place of those in `config`; the value model is then the policy's body under a head of zeros. What such a function
     remembers is not saved.
     judge: the same, in place of `config.judge`.
+    dry_run: print what memory and time it would take instead, and write nothing.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
@@ -143,6 +146,8 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
     if finished:
         return out
     device = loop.pick_device(config.device)
+    if dry_run and not estimate.begin("ppo", config, device):
+        return out
     rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows)
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
@@ -180,6 +185,13 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
     each = replies_each(config)
     updates = max(1, (config.total_episodes or each * len(prompts)) // config.batch_size)
     optimizer = loop.adamw(models.trained.values(), weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    if dry_run:
+        few = partial(first_experience, models, prompts, queries, config)
+        gradient = partial(accumulate_gradient, models=models, config=config)
+        longest = max(map(len, queries))
+        sizes = {"prompt_tokens": longest, "updates": updates, "group": each}
+        estimate.rollouts(config, models, optimizer, few, gradient, **sizes, device=device)
+        return out
     so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], results={})
     state = State(models.trained, optimizer, order, so_far, {"prompts": (prompts, queries)})
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded, state) as stage:
@@ -320,6 +332,14 @@ def collect(
     batch = advantages_of(scored, kl_coef, config)
     check_finite(tensors_of(batch), samples=rollout.samples, beside=tensors_of(rollout) | tensors_of(scored))
     return batch
+
+
+def first_experience(
+    models: Models, prompts: Sequence[str], queries: Sequence[list[int]], config: PPOConfig, count: int
+) -> Advantaged:
+    """The experience of `count` rollouts on the first prompts."""
+    rows = [i // replies_each(config) % len(prompts) for i in range(count)]
+    return collect(models, [prompts[i] for i in rows], [queries[i] for i in rows], float(config.kl_coef), config)
 
 
 def tensors_of(record: object) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
-from rlhf_fast.train import checks, loop, lora
+from rlhf_fast.train import checks, estimate, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, collate, read_preferences, split_heldout
@@ -75,9 +75,10 @@ class Pair:
         return max(len(self.chosen), len(self.rejected))
 
 
-def train(config: RewardConfig) -> Path:
+def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
+    dry_run: print what memory and time it would take instead, and write nothing.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
@@ -86,6 +87,8 @@ def train(config: RewardConfig) -> Path:
     if finished:
         return out
     device = loop.pick_device(config.device)
+    if dry_run and not estimate.begin("reward", config, device):
+        return out
     rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
@@ -121,6 +124,13 @@ def train(config: RewardConfig) -> Path:
     def alone(pair: Pair) -> dict[str, Tensor]:
         return accumulate_gradient(model, [[pair]], pad_id, center_coef=config.center_coef)
 
+    def of_rows(rows: Sequence[int]) -> dict[str, Tensor]:
+        return accumulate_gradient(model, [[pairs[row] for row in rows]], pad_id, center_coef=config.center_coef)
+
+    if dry_run:
+        tried = (lengths, batches, of_rows)
+        estimate.passes("reward", config, {"model": model}, optimizer, *tried, sequences=2, device=device)
+        return out
     with Stage("reward", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast.train import checks, loop, lora
+from rlhf_fast.train import checks, estimate, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_demonstrations, split_heldout
@@ -58,9 +58,10 @@ class SFTConfig(loop.TrainConfig):
     full_logits: bool = option(False, FULL_LOGITS)
 
 
-def train(config: SFTConfig) -> Path:
+def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
+    dry_run: print what memory and time it would take instead, and write nothing.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
@@ -69,6 +70,8 @@ def train(config: SFTConfig) -> Path:
     if finished:
         return out
     device = loop.pick_device(config.device)
+    if dry_run and not estimate.begin("sft", config, device):
+        return out
     rows, bad_rows, rows_read = read_demonstrations(config.data, bad_rows=config.bad_rows)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
@@ -111,6 +114,13 @@ def train(config: SFTConfig) -> Path:
     def alone(example: Example) -> dict[str, Tensor]:
         return accumulate_gradient(model, [[example]], pad_id, config.full_logits)
 
+    def of_rows(rows: Sequence[int]) -> dict[str, Tensor]:
+        return accumulate_gradient(model, [[examples[row] for row in rows]], pad_id, config.full_logits)
+
+    if dry_run:
+        tried = (lengths, batches, of_rows)
+        estimate.passes("sft", config, {"model": model}, optimizer, *tried, sequences=1, device=device)
+        return out
     with Stage("sft", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
