@@ -13,6 +13,7 @@ LAYERS = [
     "adapters",  # ops alone; nothing in train imports it, though it stands lower: see test_train_needs_no_adapter
     "rlhf_fast",  # the package itself: what stands above, exported
     "train.errors",
+    "train.distributed",
     "train.config",
     "train.data",
     "train.model",

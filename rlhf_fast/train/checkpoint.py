@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from rlhf_fast.train import distributed
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.lora import FILES as ADAPTER
 from rlhf_fast.train.lora import merged_weights, save_adapter
@@ -127,8 +128,10 @@ def save_model(path: str | Path, model: Any, tokenizer: Any) -> None:
     """Add a model and its tokenizer, in Hugging Face format, to the directory `path` (made if absent).
 
     Files that already stand there, such as a log, stay; `model.safetensors` appears last. An adapter is merged into what is
-    written there, and written on its own beside it.
+    written there, and written on its own beside it. Of several processes one writes.
     """
+    if not distributed.is_main():
+        return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     partial = beside(path / "model")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dpo_loss
-from rlhf_fast.train import checks, estimate, loop, lora
+from rlhf_fast.train import checks, distributed, estimate, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, read_preferences, split_heldout
@@ -154,16 +154,18 @@ def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
         tried = (lengths, batches, of_rows)
         estimate.passes("dpo", config, {"model": model}, optimizer, *tried, sequences=2, device=device)
         return out
+    distributed.agree({"model": model})
     with Stage("dpo", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
-            parts = loop.micro_batches(rows, lengths, config.micro_batch_size)
+            parts = loop.micro_batches(distributed.share(rows, lengths), lengths, config.micro_batch_size)
             where = f"dpo step {step}"
             with (
                 keeping(out, where, [prompts[row] for row in rows], config),
                 blaming({"model": model}, dict(enumerate(rows)), alone, partial(tensors_of, pairs, rows, pad_id)),
             ):
-                stats = accumulate_gradient(model, pairs, reference, parts, pad_id, config)
+                stats = accumulate_gradient(model, pairs, reference, parts, pad_id, config, rows)
+                stats = distributed.combined({"model": model}, stats)
                 norms = loop.clip_and_step(
                     optimizer,
                     {"model": model},
@@ -216,13 +218,16 @@ def accumulate_gradient(
     parts: Sequence[Sequence[int]],
     pad_id: int,
     config: DPOConfig,
+    batch_rows: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over a batch, given as row numbers in parts -> its loss and statistics.
 
-    reference: log-probs [2, N] of all `pairs` under the reference.
+    reference: log-probs [2, N] of all `pairs` under the reference. batch_rows: those of the whole batch, where `parts` are only
+    this process's share of them.
     """
-    count = sum(map(len, parts))
-    tokens = sum(len(side.ids) - side.start for part in parts for row in part for side in pairs[row].both)
+    whole = batch_rows or [row for part in parts for row in part]
+    count = len(whole)
+    tokens = sum(len(side.ids) - side.start for row in whole for side in pairs[row].both)
     totals: dict[str, Tensor] = {}
     for part in parts:
         batch, share = [pairs[row] for row in part], len(part) / count

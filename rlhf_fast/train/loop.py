@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.train import distributed
 from rlhf_fast.train.config import option, required
 from rlhf_fast.train.data import encode_prompt, encode_response
 from rlhf_fast.train.errors import NotFinite, UserError
@@ -81,14 +82,20 @@ class TrainConfig(StageConfig):
 
 
 def say(line: str) -> None:
-    """One line for whoever watches."""
-    print(line, file=sys.stderr, flush=True)
+    """One line for whoever watches, of all processes together."""
+    if distributed.is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where torch sees one, else the CPU. UserError: a device that torch does not know or see."""
+    """`auto` is the GPU where torch sees one, else the CPU. UserError: a device that torch does not know or see.
+
+    Of several processes each has a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.count() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -104,6 +111,12 @@ def seed_everything(seed: int) -> torch.Generator:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
+
+
+def seed_process(seed: int) -> None:
+    """Let each process draw numbers of its own from now on, where there are several; the first one's stay as they were."""
+    if distributed.rank():
+        seed_everything(seed + distributed.SEED_STEP * distributed.rank())
 
 
 def use_threads(threads: int, *, parameters: int, device: torch.device) -> None:
@@ -187,7 +200,7 @@ def epochs(
 
 def micro_batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
     """`rows` in parts of at most `size` (0: one part), shortest first, so that each part can be cut to its longest."""
-    return _split(sorted(rows, key=lambda row: lengths[row]), size or len(rows))
+    return _split(sorted(rows, key=lambda row: lengths[row]), size or len(rows) or 1)
 
 
 def _split(rows: list[int], size: int) -> list[list[int]]:

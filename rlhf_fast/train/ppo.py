@@ -13,7 +13,7 @@ Huang et al. 2024 (arXiv 2403.17031), with gradient clipping added. Every mean r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, estimate, group, loop, lora
+from rlhf_fast.train import checks, distributed, estimate, group, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
@@ -38,7 +38,7 @@ from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, r
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.resume import State, claim
 from rlhf_fast.train.rewards import SPEC, check_accuracy, make_reward, terms_of
-from rlhf_fast.train.rollout import Advantaged, Models, Scored, advantage, roll_out, score
+from rlhf_fast.train.rollout import Advantaged, Models, Scored, advantage, joined, moved, roll_out, score
 
 # Keys that a kind of advantage does not read.
 OF_VALUES = ("whiten_rewards", "whiten_advantages", "gamma", "lam", "cliprange_value", "vf_coef")
@@ -194,6 +194,8 @@ def train(
         return out
     so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], results={})
     state = State(models.trained, optimizer, order, so_far, {"prompts": (prompts, queries)})
+    distributed.agree(models.trained)
+    loop.seed_process(config.seed)
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded, state) as stage:
         if guard:
             guard.begin(state.step)
@@ -225,7 +227,7 @@ def train(
         policy = models.policy
         if guard:
             so_far.results |= guard.conclusion()
-            policy = guard.load_best() if guard.alarm() and config.guard == "stop" else policy
+            policy = guard.load_best() if distributed.is_main() and guard.alarm() and config.guard == "stop" else policy
         policy.generation_config = generation_config(models.tokenizer, config.response_length, config.temperature)
         if models.value is not None:
             save_model(out / "value", models.value, models.tokenizer)
@@ -274,6 +276,11 @@ def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None
     if config.advantage == "grpo" and config.kl_estimator not in (PPOConfig.kl_estimator, group.KL_IN_LOSS):
         raise UserError(f"ppo: 'kl_estimator' is {group.KL_IN_LOSS} with advantage grpo, got {config.kl_estimator}")
     lora.check(config, "ppo")
+    if config.batch_size < config.num_mini_batches * distributed.asked_for():
+        raise UserError(
+            f"ppo: 'batch_size' {config.batch_size} leaves a process without a row: {distributed.asked_for()} processes share "
+            f"each of {config.num_mini_batches} minibatches"
+        )
     if config.batch_size % replies_each(config):
         raise UserError(
             f"ppo: 'batch_size' {config.batch_size} counts replies, so it must be a multiple of 'group_size' "
@@ -317,8 +324,13 @@ def load_models(config: PPOConfig, reward: Any, device: torch.device) -> Models:
 def collect(
     models: Models, prompts: Sequence[str], queries: Sequence[list[int]], kl_coef: float, config: PPOConfig
 ) -> Advantaged:
-    """The experience of one update: replies to `prompts`, scored, with their advantages."""
-    rollout = roll_out(models, prompts, queries, response_length=config.response_length, temperature=config.temperature)
+    """The experience of one update: replies to `prompts`, scored, with their advantages.
+
+    Of several processes each samples its part, and then all have the whole.
+    """
+    own = distributed.stretch(len(prompts))
+    sampling = {"response_length": config.response_length, "temperature": config.temperature}
+    rollout = roll_out(models, prompts[own], queries[own], **sampling)
     scored = score(
         rollout,
         models,
@@ -328,6 +340,10 @@ def collect(
         micro_batch_size=config.micro_batch_size,
         full_logits=config.full_logits,
     )
+    if distributed.count() > 1:
+        device, here = rollout.ids.device, moved(scored, "cpu")
+        scored = moved(joined(distributed.gathered(here), models.tokenizer.pad_token_id), device)
+        rollout = scored.rollout
     check_finite(tensors_of(scored), samples=rollout.samples, beside=tensors_of(rollout))
     batch = advantages_of(scored, kl_coef, config)
     check_finite(tensors_of(batch), samples=rollout.samples, beside=tensors_of(rollout) | tensors_of(scored))
@@ -415,17 +431,40 @@ def optimize(
 
 
 def gradient_of_row(batch: Advantaged, models: Models, config: PPOConfig, row: int) -> dict[str, Tensor]:
-    return accumulate_gradient(batch, [row], models, config)
+    return add_gradient(batch, [row], models, config)
 
 
 def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig) -> dict[str, Tensor]:
+    """`add_gradient` of a minibatch by all processes together, each its share of the rows -> the same in all of them."""
+    rollout = batch.scored.rollout
+    own = distributed.share(rows, rollout.lengths)
+    stats = distributed.combined(models.trained, add_gradient(batch, own, models, config, rows))
+    return with_variance(stats)
+
+
+def with_variance(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The variance of the ratio, from its second moment about 1."""
+    return stats | {"val/ratio_var": stats["val/ratio_var"] - (stats["val/ratio"] - 1) ** 2}
+
+
+def add_gradient(
+    batch: Advantaged,
+    rows: Sequence[int],
+    models: Models,
+    config: PPOConfig,
+    batch_rows: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
     """Add the gradient of the losses over the response tokens of a minibatch -> its losses and statistics.
 
     The minibatch is taken in micro-batches; dividing each by the tokens (with rloo: replies) of the whole makes their sum
     exact. With rloo the ratios, and what is said of them, are those of whole replies.
+
+    batch_rows: those of the whole minibatch, where `rows` are only this process's share. The statistics are shares of the
+    whole, `val/ratio_var` the second moment about 1.
     """
     scored, rollout = batch.scored, batch.scored.rollout
-    tokens = sum(rollout.response_lengths[row] for row in rows)
+    whole = rows if batch_rows is None else batch_rows
+    tokens, replies = sum(rollout.response_lengths[row] for row in whole), len(whole)
     totals: dict[str, Tensor] = {}
     for window in rollout.windows(rows, config.micro_batch_size):
         ids, mask, response_mask = rollout.inputs(window)
@@ -433,11 +472,11 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
         old, advantages, ratios = scored.logprobs[place], batch.advantages[place], window.tokens / tokens
         options = {"temperature": config.temperature, "full_logits": config.full_logits}
         if config.advantage == "rloo":
-            ratios = len(window.rows) / len(rows)
+            ratios = len(window.rows) / replies
             options |= {"response_mask": response_mask, "with_entropy": True}
             logprobs, entropies = response_logprobs(models.policy, ids, mask, length, **options)
             policy_loss, policy_stats = group.reply_loss(
-                logprobs, old, advantages, clip=config.cliprange, replies=len(rows)
+                logprobs, old, advantages, clip=config.cliprange, replies=replies
             )
             entropy = entropies.sum() / tokens
             loss = policy_loss - config.entropy_coef * entropy if config.entropy_coef else policy_loss
@@ -483,7 +522,7 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
             part["loss/value_avg"] = value_loss.detach()
             part["val/clipfrac_avg"] = value_stats["clip_fraction"] * (window.tokens / tokens)
         totals = {name: totals[name] + value for name, value in part.items()} if totals else part
-    return totals | {"val/ratio_var": totals["val/ratio_var"] - (totals["val/ratio"] - 1) ** 2}
+    return totals
 
 
 def describe(batch: Advantaged, kl_estimator: str) -> dict[str, float]:

@@ -19,6 +19,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 
 import rlhf_fast
+from rlhf_fast.train import distributed
 from rlhf_fast.train.checkpoint import SUMMARY, finite_json, remove_partials, write_file, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.loop import StageConfig, say
@@ -127,12 +128,15 @@ class Stage:
         }
         self._checkpoints = Checkpoints(self.out, self.state, self._origin, self.config.keep_checkpoints)
         with ExitStack() as stack:
-            stack.enter_context(self._checkpoints.locked())
-            remove_partials(self.out, *filter(Path.is_dir, self.out.iterdir()))
-            self._log = RunLog(self.out, self._restore(), self.state.step)
-            stack.callback(self._log.close)
-            self._progress = Progress(self.name, self.total_steps, before=self.state.step)
-            stack.callback(self._progress.close)
+            if distributed.is_main():
+                stack.enter_context(self._checkpoints.locked())
+                remove_partials(self.out, *filter(Path.is_dir, self.out.iterdir()))
+            log = distributed.main_first(self._restore)
+            if distributed.is_main():
+                self._log = RunLog(self.out, log, self.state.step)
+                stack.callback(self._log.close)
+                self._progress = Progress(self.name, self.total_steps, before=self.state.step)
+                stack.callback(self._progress.close)
             self._stack = stack.pop_all()
         self._saved_at, self._save_seconds, self._saves = time.perf_counter(), 0.0, 0
         return self
@@ -166,7 +170,7 @@ class Stage:
         for step, batch in enumerate(batches, self.state.step + 1):
             yield step, batch
             self.state.step = step
-            if self._save_is_due():
+            if distributed.from_main(self._save_is_due):
                 self._save()
 
     def _save_is_due(self) -> bool:
@@ -176,17 +180,22 @@ class Stage:
 
     def _save(self) -> None:
         start = time.perf_counter()
-        self._checkpoints.save(Record(self._started, self._resumed_at, **self._clocks(), log=self._log.text()))
+        log = self._log.text() if distributed.is_main() else b""
+        self._checkpoints.save(Record(self._started, self._resumed_at, **self._clocks(), log=log))
         self._saved_at = time.perf_counter()
         self._save_seconds, self._saves = self._save_seconds + self._saved_at - start, self._saves + 1
 
     def log(self, step: int, metrics: Mapping[str, float], show: Sequence[str]) -> None:
         """Log `metrics` for `step` (1-based); the ones named in `show` appear beside the progress bar."""
+        if not distributed.is_main():
+            return
         self._log.log(step, self._clocks() | dict(metrics))
         self._progress.update(step, "  ".join(f"{name} {metrics[name]:.4g}" for name in show if name in metrics))
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write `stage.json` and remove the checkpoints. Call it after everything else of the stage is on disk."""
+        if not distributed.is_main():
+            return
         summary = {
             "stage": self.name,
             "config": self._origin["config"],
@@ -198,6 +207,7 @@ class Stage:
             "versions": versions(),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            "processes": distributed.count(),
             "parameters": self.parameters,
             "data": dict(self.data),
             "inputs": self._origin["inputs"],

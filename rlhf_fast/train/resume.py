@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.train import distributed
 from rlhf_fast.train.checkpoint import (
     LOCK,
     SUMMARY,
@@ -105,8 +106,8 @@ class State:
     def files(self) -> list[str]:
         return [f"{name}.safetensors" for name in (*self.models, OPTIMIZER)]
 
-    def save(self, directory: Path) -> dict[str, Any]:
-        """Write the tensors to `directory` and return the rest."""
+    def save(self, directory: Path, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Write the tensors to `directory` and return the rest. others: the random states of the other processes."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -119,10 +120,19 @@ class State:
                 raise UserError(f"checkpoint {directory / file} cannot be written: {error}") from None
         idle = [i for i in range(len(_parameters(self.optimizer))) if i not in moments]
         state = {"step": self.step, "so_far": vars(self.so_far), "means": self.means.state()}
-        return state | {"parameters_without_gradient": idle, "random": _random_states(self.order)}
+        state |= {"parameters_without_gradient": idle, "random": _random_states(self.order)}
+        return state | ({"random_of_others": list(others)} if others else {})
 
     def load(self, directory: Path, saved: Mapping[str, Any]) -> None:
-        """Undo `save`. Damaged: names, shapes or types are not those of this state, which may then be half loaded."""
+        """Undo `save`. Damaged: names, shapes or types are not those of this state, which may then be half loaded.
+
+        UserError if other than as many processes left it: each has random states of its own.
+        """
+        randoms = [saved["random"], *saved.get("random_of_others", [])]
+        if len(randoms) != distributed.count():
+            raise UserError(
+                f"{directory} was left by {len(randoms)} processes and {distributed.count()} are here; start as many again"
+            )
         for file, model in zip(self.files(), self.models.values(), strict=False):
             own = _tensors_of(model)
             stored = _read_tensors(directory / file, own)
@@ -136,7 +146,7 @@ class State:
         initial.update(found)
         self.means.restore(saved["means"], next(next(iter(self.models.values())).parameters()).device)
         self.step = saved["step"]
-        _set_random_states(saved["random"], self.order)
+        _set_random_states(randoms[distributed.rank()], self.order)
 
     def _load_optimizer(self, path: Path, idle: Sequence[int]) -> None:
         trained = {i: p for i, p in enumerate(_parameters(self.optimizer)) if i not in idle}
@@ -226,8 +236,14 @@ def _array(text: str, kind: type) -> np.ndarray:
 def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
     """The directory to write to, not made yet, and whether this stage is finished there.
 
-    UserError if the directory holds anything but this stage, begun or finished with this config and these data.
+    Of several processes the main one looks, once all are found. UserError if the directory holds anything but this stage,
+    begun or finished with this config and these data.
     """
+    distributed.join(config.device)
+    return distributed.from_main(lambda: _claim(name, config))
+
+
+def _claim(name: str, config: StageConfig) -> tuple[Path, bool]:
     out = Path(config.output_dir)
     if not config.resume:
         return claim_output(out), False
@@ -405,10 +421,13 @@ class Checkpoints:
                 raise Damaged(f"the content of {name} has changed since it was written")
 
     def save(self, record: Record) -> None:
-        """Write a checkpoint of the state, and remove those no longer needed."""
+        """Write a checkpoint of the state, and remove those no longer needed. All processes call it, the main one writes."""
+        _, *others = distributed.gathered(_random_states(self._state.order)) if distributed.count() > 1 else [None]
+        if not distributed.is_main():
+            return
         with write_directory(self._place / f"step-{self._state.step:06d}") as partial:
             clocks = {name: getattr(record, name) for name in CLOCKS}
-            saved = {**self._origin, **clocks, **self._state.save(partial)}
+            saved = {**self._origin, **clocks, **self._state.save(partial, others)}
             (partial / STATE).write_text(to_json(saved), encoding="utf-8")
             (partial / LOG).write_bytes(record.log)
             files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in partial.iterdir()}

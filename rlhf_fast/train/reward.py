@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
-from rlhf_fast.train import checks, estimate, loop, lora
+from rlhf_fast.train import checks, distributed, estimate, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, collate, read_preferences, split_heldout
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMALLEST_SPREAD = 1e-6
+EXTREMES = {"min_reward": min, "max_reward": max}  # the other statistics of a batch are means
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,19 @@ def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
         tried = (lengths, batches, of_rows)
         estimate.passes("reward", config, {"model": model}, optimizer, *tried, sequences=2, device=device)
         return out
+    distributed.agree({"model": model})
     with Stage("reward", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
-            parts = [
-                [pairs[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
-            ]
+            own = distributed.share(rows, lengths)
+            parts = [[pairs[row] for row in part] for part in loop.micro_batches(own, lengths, config.micro_batch_size)]
             where, batch = f"reward step {step}", dict(enumerate(pairs[row] for row in rows))
             with (
                 keeping(out, where, [prompts[row] for row in rows], config),
                 blaming({"model": model}, batch, alone, partial(tensors_of, batch.values(), pad_id)),
             ):
-                stats = accumulate_gradient(model, parts, pad_id, center_coef=config.center_coef)
+                stats = accumulate_gradient(model, parts, pad_id, center_coef=config.center_coef, count=len(rows))
+                stats = distributed.combined({"model": model}, stats, EXTREMES)
                 norms = loop.clip_and_step(
                     optimizer,
                     {"model": model},
@@ -180,10 +182,20 @@ def tensors_of(pairs: Iterable[Pair], pad_id: int) -> dict[str, Tensor]:
 
 
 def accumulate_gradient(
-    model: PreTrainedModel, parts: Sequence[Sequence[Pair]], pad_id: int, *, center_coef: float
+    model: PreTrainedModel,
+    parts: Sequence[Sequence[Pair]],
+    pad_id: int,
+    *,
+    center_coef: float,
+    count: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over all pairs of a batch, given in parts -> its loss and statistics."""
-    count = sum(map(len, parts))
+    """Add the gradient of the mean loss over all pairs of a batch, given in parts -> its loss and statistics.
+
+    count: so many pairs are in the batch, of which `parts` are this process's share, or nothing; None: they are all of it.
+    """
+    count = count or sum(map(len, parts))
+    if not parts:
+        return {}
     rows = []
     for part in parts:
         chosen, rejected = score(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,9 +82,14 @@ class Rollout:
     query_lengths: list[int]
     response_lengths: list[int]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of prompt and reply of each row."""
+        return [query + response for query, response in zip(self.query_lengths, self.response_lengths, strict=True)]
+
     def windows(self, rows: Sequence[int], micro_batch_size: int) -> Iterator[Window]:
         """`rows` in parts of similar length, at most `micro_batch_size` each (0: one part)."""
-        lengths = [query + response for query, response in zip(self.query_lengths, self.response_lengths, strict=True)]
+        lengths = self.lengths
         width = self.ids.shape[1] - self.response_mask.shape[1]
         for part in loop.micro_batches(rows, lengths, micro_batch_size):
             query = max(self.query_lengths[row] for row in part)
@@ -130,15 +135,13 @@ def roll_out(
     watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Rollout:
     """One reply of the policy to each of `prompts`, whose token ids are `queries`; `watch` as in `generate`."""
-    completions = generate(
-        models.policy,
-        models.tokenizer,
-        queries,
-        max_new_tokens=response_length,
-        temperature=temperature,
-        batch_size=len(queries),
-        watch=watch,
-    )
+    sampling = {"max_new_tokens": response_length, "temperature": temperature, "batch_size": len(queries)}
+    try:
+        completions = generate(models.policy, models.tokenizer, queries, **sampling, watch=watch)
+    except NotFinite as error:
+        # Its row counts from the first of these prompts, which are a part of the batch where there are several processes.
+        error.texts = {"prompt": prompts[error.row]}
+        raise
     finished = completions.finished.tolist()
     samples = map(Sample, prompts, completions.texts(models.tokenizer), finished)
     return Rollout(
@@ -189,6 +192,44 @@ def score(
     elif missing_eos == "subtract":
         scores = torch.where(rollout.finished, scores, scores - missing_eos_penalty)
     return Scored(rollout, scores, logprobs, ref_logprobs, None if models.value is None else values)
+
+
+def joined(parts: Sequence[Scored], pad_id: int) -> Scored:
+    """Several scored rollouts as one, in their order, padded to the longest prompt and the longest reply of all."""
+    rollouts = [part.rollout for part in parts]
+    replies = [rollout.response_mask.shape[1] for rollout in rollouts]
+    prompts = [rollout.ids.shape[1] - reply for rollout, reply in zip(rollouts, replies, strict=True)]
+
+    def padded(tensors: Sequence[Tensor], value: float = 0, *, both: bool = False) -> Tensor:
+        left = [max(prompts) - prompt if both else 0 for prompt in prompts]
+        sizes = zip(tensors, left, replies, strict=True)
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(x, (before, max(replies) - reply), value=value) for x, before, reply in sizes])
+
+    def of(name: str) -> Tensor:
+        return padded([getattr(part, name) for part in parts])
+
+    rollout = Rollout(
+        samples=[sample for rollout in rollouts for sample in rollout.samples],
+        ids=padded([rollout.ids for rollout in rollouts], pad_id, both=True),
+        mask=padded([rollout.mask for rollout in rollouts], both=True),
+        response_mask=padded([rollout.response_mask for rollout in rollouts]),
+        finished=torch.cat([rollout.finished for rollout in rollouts]),
+        query_lengths=[length for rollout in rollouts for length in rollout.query_lengths],
+        response_lengths=[length for rollout in rollouts for length in rollout.response_lengths],
+    )
+    scores = torch.cat([part.scores for part in parts])
+    values = None if parts[0].values is None else of("values")
+    return Scored(rollout, scores, of("logprobs"), of("ref_logprobs"), values)
+
+
+def moved(scored: Scored, device: str | torch.device) -> Scored:
+    """The same on another device."""
+
+    def there(record: object) -> dict[str, Tensor]:
+        return {name: value.to(device) for name, value in vars(record).items() if isinstance(value, Tensor)}
+
+    return replace(scored, rollout=replace(scored.rollout, **there(scored.rollout)), **there(scored))
 
 
 def call_reward(reward: RewardFunction, samples: list[Sample]) -> Tensor:

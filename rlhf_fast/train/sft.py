@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast.train import checks, estimate, loop, lora
+from rlhf_fast.train import checks, distributed, estimate, loop, lora
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_demonstrations, split_heldout
@@ -121,18 +121,22 @@ def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
         tried = (lengths, batches, of_rows)
         estimate.passes("sft", config, {"model": model}, optimizer, *tried, sequences=1, device=device)
         return out
+    distributed.agree({"model": model})
     with Stage("sft", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
+            own = distributed.share(rows, lengths)
             parts = [
-                [examples[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
+                [examples[row] for row in part] for part in loop.micro_batches(own, lengths, config.micro_batch_size)
             ]
+            learnt = sum(lengths[row] - examples[row].start for row in rows)
             where, batch = f"sft step {step}", dict(enumerate(examples[row] for row in rows))
             with (
                 keeping(out, where, [sides[0][row].prompt for row in rows], config),
                 blaming({"model": model}, batch, alone, partial(padded, [x.ids for x in batch.values()], pad_id)),
             ):
-                losses = accumulate_gradient(model, parts, pad_id, config.full_logits)
+                losses = accumulate_gradient(model, parts, pad_id, config.full_logits, learnt)
+                losses = distributed.combined({"model": model}, losses)
                 norms = loop.clip_and_step(
                     optimizer, {"model": model}, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
                 )
@@ -153,10 +157,17 @@ def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
 
 
 def accumulate_gradient(
-    model: PreTrainedModel, parts: Sequence[Sequence[Example]], pad_id: int, full_logits: bool = False
+    model: PreTrainedModel,
+    parts: Sequence[Sequence[Example]],
+    pad_id: int,
+    full_logits: bool = False,
+    tokens: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over all reply tokens of a batch, given in parts -> its loss and entropy."""
-    normalizer = sum(len(example.ids) - example.start for part in parts for example in part)
+    """Add the gradient of the mean loss over all reply tokens of a batch, given in parts -> its loss and entropy.
+
+    tokens: so many are in the batch, of which `parts` are this process's share; None: they are all of it.
+    """
+    normalizer = tokens or sum(len(example.ids) - example.start for part in parts for example in part)
     loss = entropy = torch.zeros((), device=model.device)
     for part in parts:
         logprobs, entropies = reply_logprobs(model, part, pad_id, full_logits)
