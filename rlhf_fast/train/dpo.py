@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dpo_loss
-from rlhf_fast.train import checks, distributed, estimate, loop, lora
+from rlhf_fast.train import checks, distributed, estimate, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, read_preferences, split_heldout
@@ -99,7 +99,7 @@ def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
     """
     validate(config)
     check(config)
-    lora.check(config, "dpo")
+    loop.check_installed(config, "dpo")
     out, finished = claim("dpo", config)
     if finished:
         return out
@@ -110,7 +110,7 @@ def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
-    lora.attach(model, config)
+    loop.made_trainable(model, config)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -139,7 +139,9 @@ def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
     batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
     total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
-    optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    optimizer = loop.adamw(
+        [model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon, kind=config.optimizer
+    )
     means, so_far = loop.Means(), SimpleNamespace(tokens=0)
     inputs = {"training rows": pairs, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, so_far, inputs, means)
@@ -158,7 +160,8 @@ def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
     with Stage("dpo", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
-            parts = loop.micro_batches(distributed.share(rows, lengths), lengths, config.micro_batch_size)
+            own = distributed.share(rows, lengths)
+            parts = loop.micro_batches(own, lengths, config.micro_batch_size, config.micro_batch_tokens, sequences=2)
             where = f"dpo step {step}"
             with (
                 keeping(out, where, [prompts[row] for row in rows], config),

@@ -23,7 +23,7 @@ from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import add_head_bias, check_directory, quiet_transformers
 
 TRIAL_ROWS = 8
-MOMENTS = 2  # AdamW's, of the type of the parameter
+MOMENTS = 2  # AdamW's, of the type of the parameter or a byte each
 MIB, MEBIBYTE = "MiB", 1 << 20
 
 # (name, key of its directory, whether it has a scalar head, whether it is trained) of what a stage holds in memory.
@@ -190,7 +190,7 @@ def try_out(
 def begin(stage: str, config: Any, device: torch.device) -> bool:
     """Print what the models of a stage take; False: more than is free, so that nothing can be tried out."""
     models, free = held(stage, config), free_memory(device)
-    rows = _model_rows(models)
+    rows = _model_rows(models, config.optimizer == loop.ADAMW_8BIT)
     _print(f"{stage} on {device}, {config.dtype}, nothing is written", _head(models), rows)
     total = sum(size for _, size in rows)
     if total > free:
@@ -203,10 +203,11 @@ def _head(models: Sequence[Held]) -> list[str]:
     return [f"{m.name}: {m.parameters:,} parameters, {m.trained:,} of them trained" for m in models]
 
 
-def _model_rows(models: Sequence[Held]) -> list[tuple[str, int]]:
+def _model_rows(models: Sequence[Held], eight_bit: bool) -> list[tuple[str, int]]:
     rows = [(f"weights of the {m.name}", m.weights) for m in models]
     gradients = sum(m.gradients for m in models)
-    return [*rows, ("gradients", gradients), ("moments of the optimizer", MOMENTS * gradients)]
+    moments = MOMENTS * (sum(m.trained for m in models) if eight_bit else gradients)
+    return [*rows, ("gradients", gradients), ("moments of the optimizer", moments)]
 
 
 def _print(title: str, lines: Sequence[str], rows: Sequence[tuple[str, int]]) -> None:
@@ -238,7 +239,8 @@ def finish(
     stage: str, config: Any, device: torch.device, memory: Mapping[str, int], times: Mapping[str, float]
 ) -> None:
     """Print what was tried out: memory beside the models', and seconds; the last of `times` is the whole stage."""
-    total = sum(size for _, size in _model_rows(held(stage, config))) + sum(memory.values())
+    rows = _model_rows(held(stage, config), config.optimizer == loop.ADAMW_8BIT)
+    total = sum(size for _, size in rows) + sum(memory.values())
     free = free_memory(device)
     _print("while it trains", [], [*memory.items(), ("in all", total), (f"free on {device}, the models loaded", free)])
     for name, seconds in times.items():
@@ -261,7 +263,8 @@ def passes(
 
     lengths: tokens of each row; batches: the rows of each update; gradient: adds that of some rows; sequences: in a row.
     """
-    parts = [loop.micro_batches(rows, lengths, config.micro_batch_size) for rows in batches]
+    limits = (config.micro_batch_size, config.micro_batch_tokens)
+    parts = [loop.micro_batches(rows, lengths, *limits, sequences=sequences) for rows in batches]
     rows = parts[0][-1][-TRIAL_ROWS:]
     trial = try_out(models, optimizer, lambda: gradient(rows), device)
 
@@ -310,6 +313,8 @@ def rollouts(
     width = prompt_tokens + config.response_length
     tried = batch.scored.rollout.ids.numel()
     micro = config.micro_batch_size or config.batch_size // config.num_mini_batches
+    if config.micro_batch_tokens:
+        micro = min(micro, max(1, config.micro_batch_tokens // width))
     vocabulary = models.policy.get_output_embeddings().weight.shape[0]
     memory = {
         f"activations of {micro * width:,} tokens, at most": trial.saved * micro * width // tried,

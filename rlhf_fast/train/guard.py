@@ -40,6 +40,7 @@ class Settings:
     response_length: int
     temperature: float
     micro_batch_size: int
+    micro_batch_tokens: int
     full_logits: bool
     dtype: str
 
@@ -156,6 +157,7 @@ class Guard:
                     missing_eos="none",
                     missing_eos_penalty=0.0,
                     micro_batch_size=self.settings.micro_batch_size,
+                    micro_batch_tokens=self.settings.micro_batch_tokens,
                     full_logits=self.settings.full_logits,
                 )
                 samples += rollout.samples

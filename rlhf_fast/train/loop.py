@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 import sys
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.train import distributed
+from rlhf_fast.train import distributed, lora
 from rlhf_fast.train.config import option, required
 from rlhf_fast.train.data import encode_prompt, encode_response
 from rlhf_fast.train.errors import NotFinite, UserError
-from rlhf_fast.train.model import context_length
+from rlhf_fast.train.model import checkpoint_activations, context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 SMALL_MODEL = 5_000_000
 DEFAULT_THREADS = torch.get_num_threads()
 SCHEDULES = ("linear", "cosine", "constant")
+ADAMW_8BIT = "adamw_8bit"
 N_PLUS = "arXiv 2403.17031"  # Huang et al. 2024, whose settings are most of the defaults
 CHECKS = "look for faults of models and data before the first step, which takes seconds"
 RESUME = "continue what was killed in output_dir; false: refuse a directory in use"
@@ -75,6 +77,20 @@ class TrainConfig(StageConfig):
         "layers that get one, names with commas; or all but the head",
         several=True,
         source="arXiv 2305.14314",
+    )
+    micro_batch_tokens: int = option(
+        0, "tokens of a forward pass at most, padding included: few long rows or many short ones; 0: any", minimum=0
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "keep only what goes into each layer and make the rest again for the backward pass",
+        source="arXiv 1604.06174",
+    )
+    optimizer: str = option(
+        "adamw",
+        "adamw, or with moments of 8 bits (bitsandbytes)",
+        choices=("adamw", ADAMW_8BIT),
+        source="arXiv 2110.02861",
     )
 
 
@@ -125,6 +141,23 @@ def use_threads(threads: int, *, parameters: int, device: torch.device) -> None:
     torch.set_num_threads(threads or (1 if small else DEFAULT_THREADS))
     # Adam's moments of rarely used rows decay into denormals, which are a hundred times slower on x86.
     torch.set_flush_denormal(True)
+
+
+def check_installed(config: TrainConfig, where: str) -> None:
+    """UserError if a key asks for a library that is not here, or means nothing."""
+    lora.check(config, where)
+    if config.optimizer == ADAMW_8BIT and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{where}: 'optimizer' {ADAMW_8BIT} needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
+
+
+def made_trainable(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """`model` with an adapter, and with its activations checkpointed, as `config` asks; itself."""
+    lora.attach(model, config)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- token ids
@@ -198,9 +231,38 @@ def epochs(
     return [batch for batches in passes for batch in batches], len(passes[0])
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """`rows` in parts of at most `size` (0: one part), shortest first, so that each part can be cut to its longest."""
-    return _split(sorted(rows, key=lambda row: lengths[row]), size or len(rows) or 1)
+def micro_batches(
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    size: int,
+    tokens: int = 0,
+    *,
+    sequences: int = 1,
+    widths: Sequence[Sequence[int]] = (),
+) -> list[list[int]]:
+    """`rows` in parts of at most `size` (0: one part), shortest first, so that each part can be cut to its longest.
+
+    tokens: and of at most so many tokens with their padding (0: any number); a row that is longer stands alone. In rows
+    sorted by length, to fill each part as far as it goes makes as few parts as there can be.
+    sequences: in each row. widths: what a part is cut to is the sum of the maxima of these, if they are given, and not that of
+    `lengths`.
+    """
+    parts = _split(sorted(rows, key=lambda row: lengths[row]), size or len(rows) or 1)
+    if not tokens:
+        return parts
+    columns = widths or (lengths,)
+    full: list[list[int]] = []
+    for part in parts:
+        longest = [0] * len(columns)
+        filled: list[int] = []
+        for row in part:
+            longest = [max(most, column[row]) for most, column in zip(longest, columns, strict=True)]
+            if filled and (len(filled) + 1) * sequences * sum(longest) > tokens:
+                full.append(filled)
+                filled, longest = [], [column[row] for column in columns]
+            filled.append(row)
+        full.append(filled)
+    return full
 
 
 def _split(rows: list[int], size: int) -> list[list[int]]:
@@ -247,9 +309,18 @@ def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, wa
     return peak * {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[schedule]
 
 
-def adamw(models: Sequence[nn.Module], *, weight_decay: float, epsilon: float) -> torch.optim.AdamW:
-    """AdamW over all parameters of `models` that are trained; the learning rate is set before every step."""
+def adamw(
+    models: Sequence[nn.Module], *, weight_decay: float, epsilon: float, kind: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW over all parameters of `models` that are trained; the learning rate is set before every step.
+
+    kind: "adamw", or "adamw_8bit", whose moments are blocks of bytes (Dettmers et al. 2022, arXiv 2110.02861).
+    """
     parameters = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+    if kind == ADAMW_8BIT:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=0.0, eps=epsilon, weight_decay=weight_decay)
     return torch.optim.AdamW(parameters, lr=0.0, eps=epsilon, weight_decay=weight_decay, fused=True)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -252,7 +253,34 @@ def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor, response_len
 def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """What the body makes of each token, before any head: ids int64 [B, S], mask bool [B, S] -> [B, S, H]."""
     body = model.base_model
-    return body(**forward_inputs(body, ids, mask)).last_hidden_state
+    with remembering_little(model):
+        return body(**forward_inputs(body, ids, mask)).last_hidden_state
+
+
+_checkpointed: WeakSet[nn.Module] = WeakSet()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let `model` keep only the inputs of its layers where it is trained. UserError: an architecture that cannot."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"'gradient_checkpointing' does not fit {type(model).__name__}: {error}") from None
+    _checkpointed.add(model)
+
+
+@contextmanager
+def remembering_little(model: PreTrainedModel) -> Iterator[None]:
+    """`transformers` checkpoints activations in training mode alone, which is nothing else to a model without dropout."""
+    if model not in _checkpointed or not torch.is_grad_enabled():
+        yield
+        return
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:

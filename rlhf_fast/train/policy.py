@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_fast import gather_logprobs, linear_logprobs, linear_ppo_loss, ppo_loss_from_logits
 from rlhf_fast.train.errors import UserError
-from rlhf_fast.train.model import accepts, forward_inputs, hidden_states
+from rlhf_fast.train.model import accepts, forward_inputs, hidden_states, remembering_little
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +93,8 @@ def _response_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
     kept = {"logits_to_keep": length} if accepts(type(model), "logits_to_keep") else {}
-    logits = model(**forward_inputs(model, ids[:, :-1], mask[:, :-1]), **kept).logits
+    with remembering_little(model):
+        logits = model(**forward_inputs(model, ids[:, :-1], mask[:, :-1]), **kept).logits
     return logits if logits.shape[1] == length else logits[:, -length:]
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, distributed, estimate, group, loop, lora
+from rlhf_fast.train import checks, distributed, estimate, group, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
@@ -184,7 +184,12 @@ def train(
 
     each = replies_each(config)
     updates = max(1, (config.total_episodes or each * len(prompts)) // config.batch_size)
-    optimizer = loop.adamw(models.trained.values(), weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    optimizer = loop.adamw(
+        models.trained.values(),
+        weight_decay=config.weight_decay,
+        epsilon=config.adam_epsilon,
+        kind=config.optimizer,
+    )
     if dry_run:
         few = partial(first_experience, models, prompts, queries, config)
         gradient = partial(accumulate_gradient, models=models, config=config)
@@ -275,7 +280,7 @@ def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None
             )
     if config.advantage == "grpo" and config.kl_estimator not in (PPOConfig.kl_estimator, group.KL_IN_LOSS):
         raise UserError(f"ppo: 'kl_estimator' is {group.KL_IN_LOSS} with advantage grpo, got {config.kl_estimator}")
-    lora.check(config, "ppo")
+    loop.check_installed(config, "ppo")
     if config.batch_size < config.num_mini_batches * distributed.asked_for():
         raise UserError(
             f"ppo: 'batch_size' {config.batch_size} leaves a process without a row: {distributed.asked_for()} processes share "
@@ -305,19 +310,20 @@ def load_models(config: PPOConfig, reward: Any, device: torch.device) -> Models:
     """
     places = {"dtype": config.dtype, "device": device}
     policy, tokenizer = load_policy(config.model, **places)
-    reference = lora.attach(policy, config) if config.lora_rank else load_policy(config.model, **places)[0]
+    loop.made_trainable(policy, config)
+    reference = policy if config.lora_rank else load_policy(config.model, **places)[0]
     valued, value = config.advantage == "gae", None
     if reward is not None:
         if valued:
             value, _ = reward_from_policy(config.model, **places)
             torch.nn.init.zeros_(value.score.weight)
-            lora.attach(value, config)
+            loop.made_trainable(value, config)
         return Models(policy, reference, value, make_reward(reward, tokenizer=tokenizer, device=device), tokenizer)
     reward_model, reward_tokenizer = load_scalar_model(config.reward_model, **places)
     checks.check_same_words(tokenizer, reward_tokenizer, (config.model, config.reward_model))
     if valued:
         value, _ = load_scalar_model(config.reward_model, **places)
-        lora.attach(value, config)
+        loop.made_trainable(value, config)
     return Models(policy, reference, value, reward_model, tokenizer)
 
 
@@ -338,6 +344,7 @@ def collect(
         missing_eos=config.missing_eos,
         missing_eos_penalty=config.missing_eos_penalty,
         micro_batch_size=config.micro_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
         full_logits=config.full_logits,
     )
     if distributed.count() > 1:
@@ -466,7 +473,7 @@ def add_gradient(
     whole = rows if batch_rows is None else batch_rows
     tokens, replies = sum(rollout.response_lengths[row] for row in whole), len(whole)
     totals: dict[str, Tensor] = {}
-    for window in rollout.windows(rows, config.micro_batch_size):
+    for window in rollout.windows(rows, config.micro_batch_size, config.micro_batch_tokens):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
         old, advantages, ratios = scored.logprobs[place], batch.advantages[place], window.tokens / tokens

@@ -73,7 +73,7 @@ FREE = {
 }
 FREE_ON_MACHINE = {"device", "threads"}  # what they lead to is compared
 # These add up the same numbers in another order: allowed, so that a run may go on with less memory, and said.
-ROUNDING = {"micro_batch_size", "full_logits"}
+ROUNDING = {"micro_batch_size", "micro_batch_tokens", "full_logits"}
 
 
 class Damaged(UserError):
@@ -111,8 +111,9 @@ class State:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        moments = self.optimizer.state_dict()["state"]
-        tensors = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
+        own = self.optimizer.state
+        moments = {i: own[p] for i, p in enumerate(_parameters(self.optimizer)) if own.get(p)}
+        tensors = {f"{i}.{name}": torch.as_tensor(x) for i, values in moments.items() for name, x in values.items()}
         for file, content in zip(self.files(), [*map(_tensors_of, self.models.values()), tensors], strict=True):
             try:
                 save_file(_on_host(content), directory / file)
@@ -150,6 +151,9 @@ class State:
 
     def _load_optimizer(self, path: Path, idle: Sequence[int]) -> None:
         trained = {i: p for i, p in enumerate(_parameters(self.optimizer)) if i not in idle}
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            self._load_bytes(path, trained)
+            return
         expected = {f"{i}.step": torch.zeros(()) for i in trained}
         expected |= {f"{i}.{name}": p for i, p in trained.items() for name in ("exp_avg", "exp_avg_sq")}
         stored = _read_tensors(path, expected)
@@ -157,6 +161,20 @@ class State:
         own = {name: torch.empty_like(x, requires_grad=False).copy_(stored[name]) for name, x in expected.items()}
         state = {i: {name: own[f"{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")} for i in trained}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _load_bytes(self, path: Path, trained: Mapping[int, nn.Parameter]) -> None:
+        """The state of an 8-bit optimizer: bytes and the scales of their blocks, whose shapes only it knows."""
+        stored: dict[int, dict[str, Any]] = {i: {} for i in trained}
+        for name, tensor in _read_file(path).items():
+            number, _, kind = name.partition(".")
+            if int(number) not in stored:
+                raise Damaged(f"{path.name} holds a moment of parameter {number}, which has none")
+            own = tensor.clone().to(trained[int(number)].device)
+            stored[int(number)][kind] = int(own) if kind == "step" else own
+        for i, values in stored.items():
+            if any(values.get(kind) is None or values[kind].shape != trained[i].shape for kind in ("state1", "state2")):
+                raise Damaged(f"{path.name} has no moments of the shape of parameter {i}")
+            self.optimizer.state[trained[i]] = values
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -180,14 +198,18 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return host
 
 
-def _read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        stored = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise Damaged(f"{path.name} is not a safetensors file: {error}") from None
+
+
+def _read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stored = _read_file(path)
     if stored.keys() != expected.keys():
         wrong = sorted(stored.keys() ^ expected.keys())
         raise Damaged(f"{path.name} holds other tensors than this model, {wrong[0]} for one")

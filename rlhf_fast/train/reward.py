@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
-from rlhf_fast.train import checks, distributed, estimate, loop, lora
+from rlhf_fast.train import checks, distributed, estimate, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Preference, collate, read_preferences, split_heldout
@@ -83,7 +83,7 @@ def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
-    lora.check(config, "reward")
+    loop.check_installed(config, "reward")
     out, finished = claim("reward", config)
     if finished:
         return out
@@ -94,7 +94,7 @@ def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = reward_from_policy(config.model, dtype=config.dtype, device=device)
-    lora.attach(model, config)
+    loop.made_trainable(model, config)
     policy, _ = load_policy(config.model, dtype=config.dtype, device=device)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
@@ -117,7 +117,9 @@ def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
     batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
     total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
-    optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    optimizer = loop.adamw(
+        [model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon, kind=config.optimizer
+    )
     means = loop.Means()
     inputs = {"training rows": pairs, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, SimpleNamespace(), inputs, means)
@@ -137,7 +139,8 @@ def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
             own = distributed.share(rows, lengths)
-            parts = [[pairs[row] for row in part] for part in loop.micro_batches(own, lengths, config.micro_batch_size)]
+            few = loop.micro_batches(own, lengths, config.micro_batch_size, config.micro_batch_tokens, sequences=2)
+            parts = [[pairs[row] for row in part] for part in few]
             where, batch = f"reward step {step}", dict(enumerate(pairs[row] for row in rows))
             with (
                 keeping(out, where, [prompts[row] for row in rows], config),

@@ -87,11 +87,12 @@ class Rollout:
         """Tokens of prompt and reply of each row."""
         return [query + response for query, response in zip(self.query_lengths, self.response_lengths, strict=True)]
 
-    def windows(self, rows: Sequence[int], micro_batch_size: int) -> Iterator[Window]:
-        """`rows` in parts of similar length, at most `micro_batch_size` each (0: one part)."""
+    def windows(self, rows: Sequence[int], micro_batch_size: int, micro_batch_tokens: int = 0) -> Iterator[Window]:
+        """`rows` in parts of similar length, at most `micro_batch_size` (0: one part) and `micro_batch_tokens` (0: any) each."""
         lengths = self.lengths
         width = self.ids.shape[1] - self.response_mask.shape[1]
-        for part in loop.micro_batches(rows, lengths, micro_batch_size):
+        widths = (self.query_lengths, self.response_lengths)
+        for part in loop.micro_batches(rows, lengths, micro_batch_size, micro_batch_tokens, widths=widths):
             query = max(self.query_lengths[row] for row in part)
             response = max(self.response_lengths[row] for row in part)
             index = torch.tensor(part, device=self.ids.device)
@@ -164,9 +165,10 @@ def score(
     missing_eos: str,
     missing_eos_penalty: float,
     micro_batch_size: int,
+    micro_batch_tokens: int = 0,
     full_logits: bool = False,
 ) -> Scored:
-    """Score the replies and weigh each of their tokens, `micro_batch_size` rows at a time (0: all at once).
+    """Score the replies and weigh each of their tokens, so many rows or tokens at a time as in `Rollout.windows`.
 
     missing_eos: a reply without an end scores -missing_eos_penalty ("replace"), that much less ("subtract"), or what
     the reward says ("none").
@@ -174,7 +176,7 @@ def score(
     wide = torch.promote_types(models.policy.dtype, torch.float32)
     logprobs, ref_logprobs, values = (rollout.ids.new_zeros(rollout.response_mask.shape, dtype=wide) for _ in range(3))
     scores = rollout.ids.new_zeros(len(rollout.ids), dtype=wide)
-    for window in rollout.windows(range(len(rollout.ids)), micro_batch_size):
+    for window in rollout.windows(range(len(rollout.ids)), micro_batch_size, micro_batch_tokens):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
         scale = {"temperature": temperature, "response_mask": response_mask, "full_logits": full_logits}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_fast.train import dpo, loop, lora, ppo, reward, sft
+from rlhf_fast.train import dpo, loop, ppo, reward, sft
 from rlhf_fast.train.checkpoint import (
     LOCK,
     WEIGHTS,
@@ -172,7 +172,7 @@ def run(
         model, tokenizer = new_model(config, train) if fresh else load_policy(start, dtype=config.dtype)
         for stage in (config.sft, *([config.reward] if needs_reward(config, judge) else []), last_stage(config)):
             validate(stage_config(config, stage))
-            lora.check(stage, section_name(type(stage)))
+            loop.check_installed(stage, section_name(type(stage)))
             check_context(stage, model, tokenizer)
         if config.algorithm == "ppo":
             ppo.check(stage_config(config, config.ppo), config.ppo.reward, judge)

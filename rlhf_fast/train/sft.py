@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast.train import checks, distributed, estimate, loop, lora
+from rlhf_fast.train import checks, distributed, estimate, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, read_demonstrations, split_heldout
@@ -65,7 +65,7 @@ def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
-    lora.check(config, "sft")
+    loop.check_installed(config, "sft")
     out, finished = claim("sft", config)
     if finished:
         return out
@@ -76,7 +76,7 @@ def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device)
-    lora.attach(model, config)
+    loop.made_trainable(model, config)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -105,7 +105,9 @@ def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
     batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
     total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
-    optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    optimizer = loop.adamw(
+        [model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon, kind=config.optimizer
+    )
     means, so_far = loop.Means(), SimpleNamespace(tokens=0, results={})
     inputs = {"training rows": examples, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, so_far, inputs, means)
@@ -126,9 +128,8 @@ def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
             own = distributed.share(rows, lengths)
-            parts = [
-                [examples[row] for row in part] for part in loop.micro_batches(own, lengths, config.micro_batch_size)
-            ]
+            few = loop.micro_batches(own, lengths, config.micro_batch_size, config.micro_batch_tokens)
+            parts = [[examples[row] for row in part] for part in few]
             learnt = sum(lengths[row] - examples[row].start for row in rows)
             where, batch = f"sft step {step}", dict(enumerate(examples[row] for row in rows))
             with (

@@ -249,6 +249,7 @@ CASES = {
     "defaults": {},
     "micro-batches of 1": {"micro_batch_size": 1},
     "micro-batches of 3": {"micro_batch_size": 3},
+    "micro-batches of 25 tokens": {"micro_batch_tokens": 25},
     "whitened rewards": {"whiten_rewards": True},
     "raw advantages": {"whiten_advantages": False},
     "k3": {"kl_estimator": "k3", "micro_batch_size": 2},
@@ -600,4 +601,4 @@ def test_a_reward_model_with_another_tokenizer_is_refused(files, tmp_path):
 
 
 def test_the_config_is_small_and_every_key_is_explained():
-    assert len(keys(PPOConfig)) <= 60 and all(key.info["help"] for key in keys(PPOConfig))
+    assert len(keys(PPOConfig)) <= 61 and all(key.info["help"] for key in keys(PPOConfig))
