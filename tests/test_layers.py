@@ -20,6 +20,7 @@ LAYERS = [
     "train.policy",
     "train.lora",
     "train.generate",
+    "train.engine",
     "train.checkpoint",
     "train.loop",
     "train.estimate",

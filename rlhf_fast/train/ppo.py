@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, distributed, estimate, group, loop
+from rlhf_fast.train import checks, distributed, engine, estimate, group, loop
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Prompt, read_prompts, split_heldout
@@ -61,6 +61,10 @@ class PPOConfig(loop.TrainConfig):
     )
     response_length: int = option(53, "most tokens of a reply", minimum=1, source=loop.N_PLUS)
     temperature: float = option(0.7, "divides the logits of policy and reference", above=0, source=loop.N_PLUS)
+    generation: str = option("transformers", "what samples the replies", choices=("transformers", "vllm"))
+    vllm_memory: float = option(
+        0.3, "share of the GPU's memory that vllm may take", above=0, maximum=1, source="TRL 1.16"
+    )
     missing_eos: str = option(
         "replace",
         "score of a reply that does not end: replace it by -missing_eos_penalty, subtract that from it, or leave it",
@@ -151,11 +155,19 @@ def train(
     rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows)
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
+    if config.generation == "vllm":
+        engine.check(device, "ppo")
     models = load_models(config, reward, device)
     loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
     others = [model for model in (models.value, models.reward) if isinstance(model, torch.nn.Module)]
     encoder = loop.Encoder(models.policy, models.tokenizer, others=others, **limits)
+    if config.generation == "vllm":
+        context = encoder.max_prompt_tokens + config.response_length
+        sampler = engine.VLLM(
+            config.model, models.policy, dtype=config.dtype, memory=config.vllm_memory, context=context
+        )
+        models = dataclasses.replace(models, engine=sampler)
     prompts = [row.prompt for row in train_rows]
     queries = [encoder.prompt(prompt) for prompt in prompts]
     cut = encoder.truncated_prompts

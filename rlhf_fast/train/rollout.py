@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf_fast import gae, masked_whiten, shape_rewards
 from rlhf_fast.train import loop
 from rlhf_fast.train.errors import NotFinite, UserError
-from rlhf_fast.train.generate import Sample, generate
+from rlhf_fast.train.generate import Engine, Sample, generate
 from rlhf_fast.train.lora import switched_off
 from rlhf_fast.train.model import sequence_scores, token_values
 from rlhf_fast.train.policy import response_logprobs
@@ -44,6 +44,7 @@ class Models:
     value: PreTrainedModel | None
     reward: PreTrainedModel | RewardFunction
     tokenizer: PreTrainedTokenizerBase
+    engine: Engine | None = None
 
     @contextmanager
     def referring(self) -> Iterator[PreTrainedModel]:
@@ -135,10 +136,14 @@ def roll_out(
     temperature: float,
     watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Rollout:
-    """One reply of the policy to each of `prompts`, whose token ids are `queries`; `watch` as in `generate`."""
+    """One reply of the policy to each of `prompts`, whose token ids are `queries`; `watch` as in `generate`.
+
+    Watched, they are always sampled by `transformers`.
+    """
     sampling = {"max_new_tokens": response_length, "temperature": temperature, "batch_size": len(queries)}
+    engine = models.engine if watch is None else None
     try:
-        completions = generate(models.policy, models.tokenizer, queries, **sampling, watch=watch)
+        completions = generate(models.policy, models.tokenizer, queries, **sampling, watch=watch, engine=engine)
     except NotFinite as error:
         # Its row counts from the first of these prompts, which are a part of the batch where there are several processes.
         error.texts = {"prompt": prompts[error.row]}
