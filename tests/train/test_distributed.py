@@ -103,6 +103,7 @@ CASES = {
     "ipo": ("dpo", {"loss_type": "ipo", "micro_batch_size": 2}),
     "ppo": ("ppo", {"micro_batch_tokens": 40}),
     "ppo, minibatches that do not divide": ("ppo", {"batch_size": 9, "num_mini_batches": 3, "total_episodes": 27}),
+    "ppo with an adapter": ("ppo", {"lora_rank": 2, "gradient_checkpointing": True}),
     "grpo": ("ppo", {"advantage": "grpo", "group_size": 4, "entropy_coef": 0.01}),
     "rloo": ("ppo", {"advantage": "rloo", "group_size": 4, "micro_batch_size": 3}),
 }
@@ -115,6 +116,8 @@ def without_times(line):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_what_one_trains(world, tmp_path, case):
     stage, options = CASES[case]
+    if "lora_rank" in options:
+        pytest.importorskip("peft")
     work = functools.partial(trained, stage, config(stage, world, **options))
     (alone,) = together(work, tmp_path / "one", count=1)
     first, second = together(work, tmp_path / "two")
@@ -308,3 +311,13 @@ def test_commands_of_one_process_say_so(monkeypatch, capsys):
     assert "'run' runs in one process; launch sft, reward, ppo, dpo with several" in capsys.readouterr().err
     assert cli.main(["sft", "--model", "x", "--data", "x", "--output_dir", "y", "--dry-run"]) == 2
     assert "--dry-run looks at one process" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_stops_all_processes_at_the_same_update(world, tmp_path):
+    options = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_schedule": "constant"}
+    errors = together(lambda: sft.train(config("sft", world, **options)), tmp_path)
+    where = {str(error).split(":")[0] for error in errors}
+    assert len(where) == 1 and where.pop().startswith("sft step ")
+    assert all("nothing was updated and the batch is kept in" in str(error) for error in errors)
+    kept = sorted(path.name for path in (tmp_path / "out" / "not-finite").iterdir())
+    assert len(kept) == 2 and kept[1] == f"{kept[0]}-process-1"
