@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rlhf_fast.train import distributed
 from rlhf_fast.train.config import add_flags, build, closest, dump_yaml, foreign
 from rlhf_fast.train.errors import UserError
 
+STAGES = ("sft", "reward", "ppo", "dpo")  # what may run in several processes
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 MACHINE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
@@ -186,21 +188,30 @@ COMMANDS = {
 }
 
 
-def run_stage(command: Command, cls: type, train: Callable[[Any], Path], words: Sequence[str]) -> None:
-    config = read_config(command, cls, words)
-    directory = train(config)
-    dump_yaml(config, directory / "config.yaml")
-    conclude(directory)
+def run_stage(command: Command, cls: type, train: Callable[..., Path], words: Sequence[str]) -> None:
+    parser = config_parser(command, cls)
+    help = "print the memory and time it would take, from a few rows, and write nothing"
+    if distributed.asked_for() > 1 and any(word in ("--dry_run", "--dry-run") for word in words):
+        raise UserError(f"{command.name}: --dry-run looks at one process; start it without a launcher")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help=help)
+    flags = parser.parse(words)
+    dry_run = flags.pop("dry_run")
+    config = build(cls, flags.pop("config", None), flags)
+    directory = train(config, dry_run=dry_run)
+    if not dry_run and distributed.is_main():
+        dump_yaml(config, directory / "config.yaml")
+        conclude(directory)
+    distributed.leave()
 
 
 def read_config(command: Command, cls: type, words: Sequence[str]) -> Any:
-    names = foreign(cls)
-    flags = config_parser(command, cls, epilog=names.help() if names else "").parse(words)
+    flags = config_parser(command, cls).parse(words)
     return build(cls, flags.pop("config", None), flags)
 
 
 def config_parser(command: Command, cls: type, epilog: str = "") -> Parser:
-    parser = Parser(command, command.summary, epilog)
+    names = foreign(cls)
+    parser = Parser(command, command.summary, epilog + (names.help() if names else ""))
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -273,6 +284,10 @@ def dispatch(words: Sequence[str]) -> None:
 
         print(f"rlhf-fast {rlhf_fast.__version__}")
     elif first in COMMANDS:
+        if distributed.asked_for() > 1 and first not in STAGES:
+            raise UserError(
+                f"'{first}' runs in one process; launch {', '.join(STAGES)} with several, one after the other"
+            )
         COMMANDS[first].execute(COMMANDS[first], rest)
     else:
         kind = "flag" if first.startswith("-") else "command"

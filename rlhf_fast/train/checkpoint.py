@@ -21,7 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from rlhf_fast.train import distributed
 from rlhf_fast.train.errors import UserError
+from rlhf_fast.train.lora import FILES as ADAPTER
+from rlhf_fast.train.lora import merged_weights, save_adapter
 from rlhf_fast.train.model import quiet_transformers
 
 # One file per model: a reader never has to ask whether all the shards are there.
@@ -124,16 +127,22 @@ def finite_json(value: Any) -> Any:
 def save_model(path: str | Path, model: Any, tokenizer: Any) -> None:
     """Add a model and its tokenizer, in Hugging Face format, to the directory `path` (made if absent).
 
-    Files that already stand there, such as a log, stay; `model.safetensors` appears last.
+    Files that already stand there, such as a log, stay; `model.safetensors` appears last. An adapter is merged into what is
+    written there, and written on its own beside it. Of several processes one writes.
     """
+    if not distributed.is_main():
+        return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     partial = beside(path / "model")
     try:
         with quiet_transformers():
-            model.save_pretrained(partial, max_shard_size=ONE_SHARD)
+            model.save_pretrained(partial, state_dict=merged_weights(model), max_shard_size=ONE_SHARD)
             tokenizer.save_pretrained(partial)
+            save_adapter(partial / ADAPTER, model)
         flush_tree(partial)
+        if (path / ADAPTER).exists():
+            discard(path / ADAPTER)
         for file in sorted(partial.iterdir(), key=lambda file: file.suffix == ".safetensors"):
             os.replace(file, path / file.name)
     finally:

@@ -273,12 +273,12 @@ def check_scores_differ(name: str, model: PreTrainedModel, sequences: Sequence[S
 
 
 @torch.inference_mode()
-def check_reference(
-    policy: PreTrainedModel, reference: PreTrainedModel, sequences: Sequence[Sequence[int]], *, pad_id: int
-) -> None:
+def check_reference(models: Models, sequences: Sequence[Sequence[int]], *, pad_id: int) -> None:
     """UserError unless the policy starts as the reference: the KL penalty would pull it elsewhere from the first step."""
-    mine, theirs = (_read(model, sequences, pad_id, full_logits=True) for model in (policy, reference))
-    if (difference := _apart(mine, theirs)) > _limit(policy, mine):
+    mine = _read(models.policy, sequences, pad_id, full_logits=True)
+    with models.referring() as reference:
+        theirs = _read(reference, sequences, pad_id, full_logits=True)
+    if (difference := _apart(mine, theirs)) > _limit(models.policy, mine):
         raise UserError(
             f"the reference is not the model that the policy starts from: they differ by {difference:.2g} nats a token; load "
             "both from one directory"
@@ -333,17 +333,20 @@ def check_ppo(
     scalars = {} if models.value is None else {"value model": models.value}
     if isinstance(models.reward, nn.Module) and hasattr(models.reward, "score"):
         scalars["reward model"] = models.reward
-    policies = {"policy": models.policy, "reference": models.reference}
-    check_weights(policies | scalars)
+    check_weights({"policy": models.policy, "reference": models.reference} | scalars)
     check_end_token(models.policy, models.tokenizer)
 
     rows = sorted({i * len(prompts) // PROBES for i in range(PROBES)})
     prompts, queries = [prompts[row] for row in rows], [queries[row] for row in rows]
     rollout, witness = _sample(models, prompts, queries, min(response_length, PROBE_TOKENS), temperature, stop)
     sequences, pad_id = _sequences(rollout), models.tokenizer.pad_token_id
-    for name, model in (policies | scalars).items():
-        check_reading(name, model, sequences, pad_id=pad_id, full_logits=full_logits)
-    check_reference(models.policy, models.reference, sequences, pad_id=pad_id)
+    reading = {"pad_id": pad_id, "full_logits": full_logits}
+    check_reading("policy", models.policy, sequences, **reading)
+    with models.referring() as reference:
+        check_reading("reference", reference, sequences, **reading)
+    for name, model in scalars.items():
+        check_reading(name, model, sequences, **reading)
+    check_reference(models, sequences, pad_id=pad_id)
     if "reward model" in scalars:
         check_scores_differ("reward model", models.reward, [*sequences, *_nonsense(models)], pad_id=pad_id)
     _check_same_logprobs(models.policy, rollout, witness, temperature, full_logits)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dpo_loss
-from rlhf_fast.train import checks, loop
+from rlhf_fast.train import checks, distributed, estimate, loop
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -42,7 +42,7 @@ SMOOTHED = ("sigmoid", "robust")
 
 
 @dataclass(frozen=True)
-class DPOConfig(loop.StageConfig):
+class DPOConfig(loop.TrainConfig):
     """DPO on preference pairs; `model` is the fine-tuned policy, which also is the reference."""
 
     max_prompt_tokens: int = option(
@@ -92,22 +92,27 @@ class Pair:
         return self.chosen, self.rejected
 
 
-def train(config: DPOConfig) -> Path:
+def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
+    dry_run: print what memory and time it would take instead, and write nothing.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
     check(config)
+    loop.check_installed(config, "dpo")
     out, finished = claim("dpo", config)
     if finished:
         return out
     device = loop.pick_device(config.device)
+    if dry_run and not estimate.begin("dpo", config, device):
+        return out
     chat = Chat.of(config)
     rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows, chat=chat)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device, chat=chat)
+    loop.made_trainable(model, config)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -127,30 +132,45 @@ def train(config: DPOConfig) -> Path:
         checks.check_preferences(config, model, encoder, prompts, len(rows), sequences, **reading)
     if not config.full_logits:
         logit_head(model)  # a model without one is refused here
-    loop.say(f"dpo: the reference reads {len(rows):,} pairs")
-    reference, heldout_reference = (logprobs_of(model, side, pad_id, config) for side in (pairs, heldout))
+    if dry_run:
+        reference = torch.zeros(2, len(pairs))
+    else:
+        loop.say(f"dpo: the reference reads {len(rows):,} pairs")
+        reference, heldout_reference = (logprobs_of(model, side, pad_id, config) for side in (pairs, heldout))
     lengths = [len(pair) for pair in pairs]
     batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
     total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
-    optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    optimizer = loop.adamw(
+        [model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon, kind=config.optimizer
+    )
     means, so_far = loop.Means(), SimpleNamespace(tokens=0)
     inputs = {"training rows": pairs, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, so_far, inputs, means)
 
-    def alone(row: int) -> dict[str, Tensor]:
-        return accumulate_gradient(model, pairs, reference, [[row]], pad_id, config)
+    def of_rows(rows: Sequence[int]) -> dict[str, Tensor]:
+        return accumulate_gradient(model, pairs, reference, [rows], pad_id, config)
 
+    def alone(row: int) -> dict[str, Tensor]:
+        return of_rows([row])
+
+    if dry_run:
+        tried = (lengths, batches, of_rows)
+        estimate.passes("dpo", config, {"model": model}, optimizer, *tried, sequences=2, device=device)
+        return out
+    distributed.agree({"model": model})
     with Stage("dpo", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
-            parts = loop.micro_batches(rows, lengths, config.micro_batch_size)
+            own = distributed.share(rows, lengths)
+            parts = loop.micro_batches(own, lengths, config.micro_batch_size, config.micro_batch_tokens, sequences=2)
             where = f"dpo step {step}"
             with (
                 keeping(out, where, [prompts[row] for row in rows], config),
                 blaming({"model": model}, dict(enumerate(rows)), alone, partial(tensors_of, pairs, rows, pad_id)),
             ):
-                stats = accumulate_gradient(model, pairs, reference, parts, pad_id, config)
+                stats = accumulate_gradient(model, pairs, reference, parts, pad_id, config, rows)
+                stats = distributed.combined({"model": model}, stats)
                 norms = loop.clip_and_step(
                     optimizer,
                     {"model": model},
@@ -203,13 +223,16 @@ def accumulate_gradient(
     parts: Sequence[Sequence[int]],
     pad_id: int,
     config: DPOConfig,
+    batch_rows: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over a batch, given as row numbers in parts -> its loss and statistics.
 
-    reference: log-probs [2, N] of all `pairs` under the reference.
+    reference: log-probs [2, N] of all `pairs` under the reference. batch_rows: those of the whole batch, where `parts` are only
+    this process's share of them.
     """
-    count = sum(map(len, parts))
-    tokens = sum(len(side.ids) - side.start for part in parts for row in part for side in pairs[row].both)
+    whole = batch_rows or [row for part in parts for row in part]
+    count = len(whole)
+    tokens = sum(len(side.ids) - side.start for row in whole for side in pairs[row].both)
     totals: dict[str, Tensor] = {}
     for part in parts:
         batch, share = [pairs[row] for row in part], len(part) / count

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.train import distributed
 from rlhf_fast.train.checkpoint import numbered, write_directory, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.data import collate
@@ -106,7 +107,8 @@ def keeping(out: Path, where: str, prompts: Sequence[str], config: Any) -> Itera
 def _write(out: Path, where: str, error: NotFinite, facts: Mapping[str, Any]) -> Path:
     from safetensors.torch import save_file
 
-    places = numbered(out / DIRECTORY / re.sub(r"\W+", "-", where))
+    process = f"-process-{distributed.rank()}" if distributed.rank() else ""
+    places = numbered(out / DIRECTORY / (re.sub(r"\W+", "-", where) + process))
     directory = next(path for path in places if not path.exists())
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in error.tensors.items()}
     with write_directory(directory) as partial:

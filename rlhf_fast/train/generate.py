@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,23 @@ from rlhf_fast.train.errors import NotFinite, UserError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Engine(Protocol):
+    """What samples replies for a model with its weights of the moment."""
+
+    def replies(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        stop: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> list[list[int]]:
+        """Token ids of a reply to each prompt, up to and including the first token of `stop`, or `max_new_tokens` without one."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,7 @@ def generate(
     batch_size: int,
     stop: Sequence[int] | None = None,
     watch: Callable[[Tensor, Tensor], object] | None = None,
+    engine: Engine | None = None,
 ) -> Completions:
     """One reply to each of `prompts` (token ids, B of them), `batch_size` at a time.
 
@@ -66,10 +84,16 @@ def generate(
     temperature 0 is greedy. top_k 0 and top_p 1 leave the distribution as it is. Draws from torch's global generator:
     same state, same prompts and same batch size give the same replies.
     watch: is shown the ids so far and the logits of the next token, before the temperature, at each step.
+    engine: samples in place of `transformers`, all prompts at once; it has no logits to be watched.
     NotFinite: a row of logits held NaN or infinity; what was drawn from it is thrown away.
     """
     query_ids, query_mask = (x.to(model.device) for x in collate(prompts, tokenizer.pad_token_id, side="left"))
     stop = [tokenizer.eos_token_id] if stop is None else stop
+    if engine is not None:
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        replies = engine.replies(model, prompts, stop=stop, **options)
+        ids = collate(replies, tokenizer.pad_token_id, side="right")[0].to(model.device)
+        return _completions(query_ids, query_mask, ids, stop)
     config = generation_config(tokenizer, max_new_tokens, temperature, top_k, top_p, stop=stop)
     own, model.generation_config = model.generation_config, config
     broken = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
@@ -86,6 +110,10 @@ def generate(
         raise NotFinite("the policy's logits are not finite", row=row, tensors=tensors)
     pad, longest = tokenizer.pad_token_id, max(part.shape[1] for part in parts)
     ids = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
+    return _completions(query_ids, query_mask, ids, stop)
+
+
+def _completions(query_ids: Tensor, query_mask: Tensor, ids: Tensor, stop: Sequence[int]) -> Completions:
     ends = torch.isin(ids, torch.tensor(stop, dtype=ids.dtype, device=ids.device))
     mask = ends.cumsum(1) - ends.long() == 0
     return Completions(query_ids, query_mask, ids, mask, ends.any(1))

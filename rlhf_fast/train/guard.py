@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rlhf_fast import kl_penalty
+from rlhf_fast.train import distributed
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import Judge, PairJudge, verdicts, win_rate
@@ -39,6 +40,7 @@ class Settings:
     response_length: int
     temperature: float
     micro_batch_size: int
+    micro_batch_tokens: int
     full_logits: bool
     dtype: str
     stop_token: str | None
@@ -62,33 +64,43 @@ class Guard:
     def begin(self, done: int = 0) -> None:
         """Look at the policy as it starts, or take up what an earlier process saw in its first `done` updates."""
         path = self.out / LOOKS
-        lines = path.read_text(encoding="utf-8").splitlines() if done and path.is_file() else []
-        self.history[:] = [look for look in map(json.loads, lines) if look["update"] <= done]
-        path.write_text("".join(json.dumps(look) + "\n" for look in self.history), encoding="utf-8")
-        if done and not self.history:
-            raise UserError(
-                f"{path} is missing, so the policy cannot be compared with its start; begin in a new output_dir"
-            )
+        self.history[:] = distributed.from_main(lambda: self._remembered(path, done))
         if not self.history:
             self.look(0)
 
+    def _remembered(self, path: Path, done: int) -> list[dict[str, Any]]:
+        lines = path.read_text(encoding="utf-8").splitlines() if done and path.is_file() else []
+        history = [look for look in map(json.loads, lines) if look["update"] <= done]
+        path.write_text("".join(json.dumps(look) + "\n" for look in history), encoding="utf-8")
+        if done and not history:
+            raise UserError(
+                f"{path} is missing, so the policy cannot be compared with its start; begin in a new output_dir"
+            )
+        return history
+
     def look(self, update: int) -> dict[str, float]:
-        """Let the policy answer, judge the answers, and keep the policy if it is the best so far -> the numbers to log."""
+        """Let the policy answer, judge the answers, and keep the policy if it is the best so far -> the numbers to log.
+
+        Of several processes the main one looks, and tells the others: a judge may not say the same twice.
+        """
+        if update and not self.history:
+            raise ValueError("guard: the first look must come before the first update")
+        self.history.append(distributed.from_main(lambda: self._seen(update)))
+        if distributed.is_main():
+            with (self.out / LOOKS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+        if self.best is self.history[-1]:
+            save_model(self.out / BEST, self.models.policy, self.models.tokenizer)
+        return {name: value for name, value in self.history[-1].items() if name.startswith("eval/")}
+
+    def _seen(self, update: int) -> dict[str, Any]:
         samples, rewards, kl = self._answers()
         if not self.history:
             start = [[sample.prompt, sample.response, sample.finished] for sample in samples]
             scores = verdicts(self.judge, samples, samples)[1]
-            self.history.append(_record(0, samples, scores, scores, rewards, kl) | {"start": start})
-            if update:
-                raise ValueError("guard: the first look must come before the first update")
-        else:
-            start = [Sample(*row) for row in self.history[0]["start"]]
-            self.history.append(_record(update, samples, *verdicts(self.judge, start, samples), rewards, kl))
-        with (self.out / LOOKS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.history[-1]) + "\n")
-        if self.best is self.history[-1]:
-            save_model(self.out / BEST, self.models.policy, self.models.tokenizer)
-        return {name: value for name, value in self.history[-1].items() if name.startswith("eval/")}
+            return _record(0, samples, scores, scores, rewards, kl) | {"start": start}
+        start = [Sample(*row) for row in self.history[0]["start"]]
+        return _record(update, samples, *verdicts(self.judge, start, samples), rewards, kl)
 
     @property
     def best(self) -> dict[str, Any]:
@@ -147,6 +159,7 @@ class Guard:
                     missing_eos="none",
                     missing_eos_penalty=0.0,
                     micro_batch_size=self.settings.micro_batch_size,
+                    micro_batch_tokens=self.settings.micro_batch_tokens,
                     full_logits=self.settings.full_logits,
                 )
                 samples += rollout.samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 import sys
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.train import distributed, lora
 from rlhf_fast.train.config import option, required
 from rlhf_fast.train.data import encode_prompt, encode_response
 from rlhf_fast.train.errors import NotFinite, UserError
-from rlhf_fast.train.model import context_length
+from rlhf_fast.train.model import checkpoint_activations, context_length
 from rlhf_fast.train.trackers import REPORT_TO
 from rlhf_fast.train.trackers import check as check_trackers
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 SMALL_MODEL = 5_000_000
 DEFAULT_THREADS = torch.get_num_threads()
 SCHEDULES = ("linear", "cosine", "constant")
+ADAMW_8BIT = "adamw_8bit"
 CLIPPED_BY = "OpenRLHF, verl, NeMo-RL; none in arXiv 2403.17031"
 N_PLUS = "arXiv 2403.17031"  # Huang et al. 2024, whose settings are most of the defaults
 DATA = (
@@ -68,18 +71,58 @@ class StageConfig:
     keep_checkpoints: int = option(2, KEEP_CHECKPOINTS, minimum=1)
 
 
+@dataclass(frozen=True)
+class TrainConfig(StageConfig):
+    """The keys that decide what of a model is trained, and what of it is in memory meanwhile."""
+
+    lora_rank: int = option(
+        0,
+        "train an adapter of this rank in place of the weights; 0: train the weights",
+        minimum=0,
+        source="arXiv 2106.09685",
+        group="memory",
+    )
+    lora_alpha: float = option(32.0, "the adapter counts lora_alpha / lora_rank times", above=0, source="TRL 1.16")
+    lora_target_modules: str = option(
+        "all-linear",
+        "layers that get one, names with commas; or all but the head",
+        several=True,
+        source="arXiv 2305.14314",
+    )
+    micro_batch_tokens: int = option(
+        0, "tokens of a forward pass at most, padding included: few long rows or many short ones; 0: any", minimum=0
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "keep only what goes into each layer and make the rest again for the backward pass",
+        source="arXiv 1604.06174",
+    )
+    optimizer: str = option(
+        "adamw",
+        "adamw, or with moments of 8 bits (bitsandbytes)",
+        choices=("adamw", ADAMW_8BIT),
+        source="arXiv 2110.02861",
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ process
 
 
 def say(line: str) -> None:
-    """One line for whoever watches."""
-    print(line, file=sys.stderr, flush=True)
+    """One line for whoever watches, of all processes together."""
+    if distributed.is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where torch sees one, else the CPU. UserError: a device that torch does not know or see."""
+    """`auto` is the GPU where torch sees one, else the CPU. UserError: a device that torch does not know or see.
+
+    Of several processes each has a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.count() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -97,12 +140,35 @@ def seed_everything(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def seed_process(seed: int) -> None:
+    """Let each process draw numbers of its own from now on, where there are several; the first one's stay as they were."""
+    if distributed.rank():
+        seed_everything(seed + distributed.SEED_STEP * distributed.rank())
+
+
 def use_threads(threads: int, *, parameters: int, device: torch.device) -> None:
     """Set the number of CPU threads; 0 means 1 for a small model on the CPU, else torch's default."""
     small = device.type == "cpu" and parameters < SMALL_MODEL
     torch.set_num_threads(threads or (1 if small else DEFAULT_THREADS))
     # Adam's moments of rarely used rows decay into denormals, which are a hundred times slower on x86.
     torch.set_flush_denormal(True)
+
+
+def check_installed(config: TrainConfig, where: str) -> None:
+    """UserError if a key asks for a library that is not here, or means nothing."""
+    lora.check(config, where)
+    if config.optimizer == ADAMW_8BIT and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{where}: 'optimizer' {ADAMW_8BIT} needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
+
+
+def made_trainable(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """`model` with an adapter, and with its activations checkpointed, as `config` asks; itself."""
+    lora.attach(model, config)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- token ids
@@ -180,9 +246,38 @@ def epochs(
     return [batch for batches in passes for batch in batches], len(passes[0])
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """`rows` in parts of at most `size` (0: one part), shortest first, so that each part can be cut to its longest."""
-    return _split(sorted(rows, key=lambda row: lengths[row]), size or len(rows))
+def micro_batches(
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    size: int,
+    tokens: int = 0,
+    *,
+    sequences: int = 1,
+    widths: Sequence[Sequence[int]] = (),
+) -> list[list[int]]:
+    """`rows` in parts of at most `size` (0: one part), shortest first, so that each part can be cut to its longest.
+
+    tokens: and of at most so many tokens with their padding (0: any number); a row that is longer stands alone. In rows
+    sorted by length, to fill each part as far as it goes makes as few parts as there can be.
+    sequences: in each row. widths: what a part is cut to is the sum of the maxima of these, if they are given, and not that of
+    `lengths`.
+    """
+    parts = _split(sorted(rows, key=lambda row: lengths[row]), size or len(rows) or 1)
+    if not tokens:
+        return parts
+    columns = widths or (lengths,)
+    full: list[list[int]] = []
+    for part in parts:
+        longest = [0] * len(columns)
+        filled: list[int] = []
+        for row in part:
+            longest = [max(most, column[row]) for most, column in zip(longest, columns, strict=True)]
+            if filled and (len(filled) + 1) * sequences * sum(longest) > tokens:
+                full.append(filled)
+                filled, longest = [], [column[row] for column in columns]
+            filled.append(row)
+        full.append(filled)
+    return full
 
 
 def _split(rows: list[int], size: int) -> list[list[int]]:
@@ -230,11 +325,24 @@ def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, wa
 
 
 def adamw(
-    models: Iterable[nn.Module], *, weight_decay: float, epsilon: float, betas: tuple[float, float] = (0.9, 0.999)
-) -> torch.optim.AdamW:
-    """AdamW over all parameters of `models`, a group each; the learning rates are set before every step."""
-    groups = [{"params": list(model.parameters())} for model in models]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True)
+    models: Iterable[nn.Module],
+    *,
+    weight_decay: float,
+    epsilon: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    kind: str = "adamw",
+) -> torch.optim.Optimizer:
+    """AdamW over all parameters of `models` that are trained, a group each; the learning rates are set before every step.
+
+    kind: "adamw", or "adamw_8bit", whose moments are blocks of bytes (Dettmers et al. 2022, arXiv 2110.02861).
+    """
+    groups = [{"params": lora.trained(model)} for model in models]
+    settings = {"lr": 0.0, "betas": betas, "eps": epsilon, "weight_decay": weight_decay}
+    if kind == ADAMW_8BIT:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
 
 
 def clip_and_step(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -154,9 +155,14 @@ def _load_scalar(
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise UserError(f"model {directory} ({type(model).__name__}) has no head 'score' with one output per token")
-    if head.bias is None:
-        head.bias = nn.Parameter(head.weight.new_zeros(1))
+    add_head_bias(model)
     return model, tokenizer
+
+
+def add_head_bias(model: PreTrainedModel) -> None:
+    """Give the head `score` a bias, 0, unless it has one: `transformers` makes it without."""
+    if model.score.bias is None:
+        model.score.bias = nn.Parameter(model.score.weight.new_zeros(1))
 
 
 def _load(
@@ -191,7 +197,8 @@ def _load(
     return model, tokenizer
 
 
-def _check_directory(name_or_dir: str | Path) -> None:
+def check_directory(name_or_dir: str | Path) -> None:
+    """UserError for a path that is no directory with a model; a name of the hub is taken as it is."""
     path = Path(name_or_dir)
     if not path.is_dir():
         if path.exists() or path.is_absolute() or str(name_or_dir).startswith(".") or len(path.parts) > 2:
@@ -207,7 +214,7 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, as its files have it. UserError: none, a damaged one, or one without an end token."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    _check_directory(name_or_dir)
+    check_directory(name_or_dir)
     # For some architectures AutoTokenizer prefers its own class, which adds tokens, to the one the directory declares.
     declared = Path(name_or_dir) / "tokenizer_config.json"
     generic = declared.is_file() and '"TokenizersBackend"' in declared.read_text(encoding="utf-8")
@@ -272,7 +279,34 @@ def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor, response_len
 def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """What the body makes of each token, before any head: ids int64 [B, S], mask bool [B, S] -> [B, S, H]."""
     body = model.base_model
-    return body(**forward_inputs(body, ids, mask)).last_hidden_state
+    with remembering_little(model):
+        return body(**forward_inputs(body, ids, mask)).last_hidden_state
+
+
+_checkpointed: WeakSet[nn.Module] = WeakSet()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let `model` keep only the inputs of its layers where it is trained. UserError: an architecture that cannot."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"'gradient_checkpointing' does not fit {type(model).__name__}: {error}") from None
+    _checkpointed.add(model)
+
+
+@contextmanager
+def remembering_little(model: PreTrainedModel) -> Iterator[None]:
+    """`transformers` checkpoints activations in training mode alone, which is nothing else to a model without dropout."""
+    if model not in _checkpointed or not torch.is_grad_enabled():
+        yield
+        return
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_fast import gather_logprobs, linear_logprobs, linear_ppo_loss, ppo_loss_from_logits
 from rlhf_fast.train.errors import UserError
-from rlhf_fast.train.model import accepts, forward_inputs, hidden_states
+from rlhf_fast.train.model import accepts, forward_inputs, hidden_states, remembering_little
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +93,8 @@ def _response_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
     kept = {"logits_to_keep": length} if accepts(type(model), "logits_to_keep") else {}
-    logits = model(**forward_inputs(model, ids[:, :-1], mask[:, :-1]), **kept).logits
+    with remembering_little(model):
+        logits = model(**forward_inputs(model, ids[:, :-1], mask[:, :-1]), **kept).logits
     return logits if logits.shape[1] == length else logits[:, -length:]
 
 
@@ -142,10 +143,12 @@ def _find_head(model: PreTrainedModel) -> LogitHead:
     layer, name = model.get_output_embeddings(), type(model).__name__
     # Exactly that class: an adapter that starts at zero would pass every trial.
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        hooked = " with hooks" if type(layer) is nn.Linear else ""
-        raise UserError(
-            f"the logits of {name} come from a {type(layer).__name__}{hooked}, not a plain nn.Linear. {ADVICE}"
-        )
+        kind = type(layer).__name__
+        if type(layer) is nn.Linear:
+            kind += " with hooks"
+        elif kind == "Linear":  # as an adapter's calls itself
+            kind = f"{type(layer).__module__}.Linear"
+        raise UserError(f"the logits of {name} come from a {kind}, not a plain nn.Linear. {ADVICE}")
     read, made, logits, hidden = _trial(model, layer)
     config = model.config.get_text_config()
     stretches = [getattr(config, key, None) for key in SCALES]

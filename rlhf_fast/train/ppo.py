@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, group, loop, trl
+from rlhf_fast.train import checks, distributed, engine, estimate, group, loop, lora, trl
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -40,10 +40,10 @@ from rlhf_fast.train.guard import Guard, Settings
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
 from rlhf_fast.train.record import Stage
-from rlhf_fast.train.replies import Example, accumulate_loss, encode
+from rlhf_fast.train.replies import Example, accumulate_loss, encode, reply_tokens
 from rlhf_fast.train.resume import State, claim
 from rlhf_fast.train.rewards import SPEC, check_accuracy, make_reward, terms_of
-from rlhf_fast.train.rollout import Advantaged, Models, Scored, advantage, roll_out, score
+from rlhf_fast.train.rollout import Advantaged, Models, Scored, advantage, joined, moved, roll_out, score
 
 # Keys that a kind of advantage does not read.
 OF_VALUES = (
@@ -67,7 +67,7 @@ WRITTEN = 16  # completions
 
 
 @dataclass(frozen=True)
-class PPOConfig(loop.StageConfig):
+class PPOConfig(loop.TrainConfig):
     """PPO on the prompts of `data`; `model` is the fine-tuned policy, which also stays as the reference."""
 
     FOREIGN: ClassVar = trl.Names()
@@ -88,6 +88,10 @@ class PPOConfig(loop.StageConfig):
         EOS,
         STOP_TOKEN,
         source=f"arXiv 1909.08593, which ends them at a full stop; {loop.N_PLUS}",
+    )
+    generation: str = option("transformers", "what samples the replies", choices=("transformers", "vllm"))
+    vllm_memory: float = option(
+        0.3, "share of the GPU's memory that vllm may take", above=0, maximum=1, source="TRL 1.16"
     )
     missing_eos: str = option(
         "replace",
@@ -224,13 +228,16 @@ class PPOConfig(loop.StageConfig):
     )
 
 
-def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | None = None) -> Path:
+def train(
+    config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | None = None, dry_run: bool = False
+) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
     reward: a function from replies to one number each, an nn.Module, or a list of such with weights (see `rewards`), in
     place of those in `config`; the value model is then the policy's body under a head of zeros. What such a function
     remembers is not saved.
     judge: the same, in place of `config.judge`.
+    dry_run: print what memory and time it would take instead, and write nothing.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
@@ -241,15 +248,25 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
     if finished:
         return out
     device = loop.pick_device(config.device)
+    if dry_run and not estimate.begin("ppo", config, device):
+        return out
     chat = Chat.of(config)
     rows, bad_rows, rows_read = read_prompts(config.data, bad_rows=config.bad_rows, chat=chat)
     train_rows, heldout = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
+    if config.generation == "vllm":
+        engine.check(device, "ppo")
     models = load_models(config, reward, device, chat)
     loop.use_threads(config.threads, parameters=models.policy.num_parameters(), device=device)
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_response_tokens": config.response_length}
     others = [model for model in (models.value, models.reward) if isinstance(model, torch.nn.Module)]
     encoder = loop.Encoder(models.policy, models.tokenizer, others=others, **limits)
+    if config.generation == "vllm":
+        context = encoder.max_prompt_tokens + config.response_length
+        sampler = engine.VLLM(
+            config.model, models.policy, dtype=config.dtype, memory=config.vllm_memory, context=context
+        )
+        models = dataclasses.replace(models, engine=sampler)
     prompts = [row.prompt for row in train_rows]
     queries = [encoder.prompt(prompt) for prompt in prompts]
     cut, stop = encoder.truncated_prompts, stop_ids(models.tokenizer, config.stop_token)
@@ -290,11 +307,20 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
         weight_decay=config.weight_decay,
         epsilon=config.adam_epsilon,
         betas=(config.adam_beta1, config.adam_beta2),
+        kind=config.optimizer,
     )
+    if dry_run:
+        few = partial(first_experience, models, prompts, queries, config, stop)
+        sizes = {"prompt_tokens": max(map(len, queries)), "updates": updates, "group": each}
+        gradient = partial(gradient_of_rows, models, config, order, ptx)
+        estimate.rollouts(config, models, optimizer, few, gradient, **sizes, device=device)
+        return out
     so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], moments=[0.0, 0.0, 0.0], results={})
     averaged = {} if models.average is None else {"average": models.average}
     inputs = {"prompts": (prompts, queries)} | ({"ptx rows": ptx} if ptx else {})
     state = State(models.trained | averaged, optimizer, order, so_far, inputs)
+    distributed.agree(models.trained | averaged)
+    loop.seed_process(config.seed)
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded, state) as stage:
         if guard:
             guard.begin(state.step)
@@ -333,11 +359,10 @@ def train(config: PPOConfig, *, reward: Any = None, judge: Judge | PairJudge | N
                 loop.say(f"ppo update {update}: over-optimisation: {alarm}")
             if alarm and config.guard == "stop":
                 break
-        policy = models.policy if models.average is None else models.average
+        policy = models.policy if models.average is None else narrowed(models.average, models.policy)
         if guard:
             so_far.results |= guard.conclusion()
-            policy = guard.load_best() if guard.alarm() and config.guard == "stop" else policy
-        policy = policy.to(models.policy.dtype)
+            policy = guard.load_best() if distributed.is_main() and guard.alarm() and config.guard == "stop" else policy
         policy.generation_config = generation_config(
             models.tokenizer, config.response_length, config.temperature, stop=stop
         )
@@ -361,8 +386,16 @@ def watch(
     if not prompts:
         raise UserError("ppo: 'eval_every' needs held-out prompts; raise heldout_fraction or set eval_every 0")
     settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
-    judged = models if models.average is None else dataclasses.replace(models, policy=models.average)
-    return Guard(judged, judge, prompts, [encoder.prompt(prompt) for prompt in prompts], settings, out)
+    return Guard(judged_models(models), judge, prompts, [encoder.prompt(prompt) for prompt in prompts], settings, out)
+
+
+def judged_models(models: Models) -> Models:
+    """Those with which the policy is judged that will be saved: the average, where there is one, in place of the policy."""
+    if models.average is None:
+        return models
+    # With an adapter a policy is its own reference, and so is the average, which has an adapter of its own.
+    reference = models.average if models.reference is models.policy else models.reference
+    return dataclasses.replace(models, policy=models.average, reference=reference)
 
 
 def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None) -> None:
@@ -401,6 +434,12 @@ def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None
             )
     if config.advantage == "grpo" and config.kl_estimator not in (PPOConfig.kl_estimator, group.KL_IN_LOSS):
         raise UserError(f"ppo: 'kl_estimator' is {group.KL_IN_LOSS} with advantage grpo, got {config.kl_estimator}")
+    loop.check_installed(config, "ppo")
+    if config.batch_size < config.num_mini_batches * distributed.asked_for():
+        raise UserError(
+            f"ppo: 'batch_size' {config.batch_size} leaves a process without a row: {distributed.asked_for()} processes share "
+            f"each of {config.num_mini_batches} minibatches"
+        )
     if config.batch_size % replies_each(config):
         raise UserError(
             f"ppo: 'batch_size' {config.batch_size} counts replies, so it must be a multiple of 'group_size' "
@@ -419,10 +458,14 @@ def kl_estimator(config: PPOConfig) -> str:
 
 
 def load_models(config: PPOConfig, reward: Any, device: torch.device, chat: Chat | None = None) -> Models:
-    """Policy and its frozen copy; reward model and, for gae, its copy that becomes the value model (N+, detail 22)."""
+    """Policy and its frozen copy; reward model and, for gae, its copy that becomes the value model (N+, detail 22).
+
+    With an adapter the policy is its own reference, and the value model has an adapter as well.
+    """
     places = {"dtype": config.dtype, "device": device}
     policy, tokenizer = load_policy(config.model, **places, chat=chat)
-    reference, _ = load_policy(config.model, **places, chat=chat)
+    loop.made_trainable(policy, config)
+    reference = policy if config.lora_rank else load_policy(config.model, **places, chat=chat)[0]
     value = None
     if reward is None:
         judge, reward_tokenizer = load_scalar_model(config.reward_model, **places)
@@ -432,6 +475,8 @@ def load_models(config: PPOConfig, reward: Any, device: torch.device, chat: Chat
     elif config.advantage == "gae":
         value, _ = reward_from_policy(config.model, **places, chat=chat)
         torch.nn.init.zeros_(value.score.weight)
+    if value is not None:
+        loop.made_trainable(value, config)
     if reward is not None:
         judge = make_reward(reward, tokenizer=tokenizer, device=device)
     average = None if config.ema_decay is None else averaging(policy)
@@ -439,9 +484,20 @@ def load_models(config: PPOConfig, reward: Any, device: torch.device, chat: Chat
 
 
 def averaging(policy: torch.nn.Module) -> torch.nn.Module:
-    """A copy to hold the average of the policy's weights, in float32 at least: a small step would round away in bfloat16."""
-    wide = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
-    return copy.deepcopy(policy).to(wide).requires_grad_(False)
+    """A copy to hold the average of what is trained of the policy, in float32 at least: a small step would round away in
+    bfloat16. The weights under an adapter are not copied: both have the same."""
+    frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
+    average = copy.deepcopy(policy, frozen)
+    for parameter in lora.trained(average):
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return average
+
+
+def narrowed(average: torch.nn.Module, policy: torch.nn.Module) -> torch.nn.Module:
+    """The average in the types of the policy; itself."""
+    for kept, like in zip(average.parameters(), policy.parameters(), strict=True):
+        kept.data = kept.data.to(like.dtype)
+    return average
 
 
 def read_ptx(config: PPOConfig, encoder: loop.Encoder, chat: Chat | None = None) -> list[Example]:
@@ -471,16 +527,12 @@ def collect(
 ) -> Advantaged:
     """The experience of one update: replies to `prompts`, scored, with their advantages.
 
-    stop: as in `generate`. moments: of the scores so far, which `reward_scaling` reads and keeps up to date.
+    Of several processes each samples its part, and then all have the whole. stop: as in `generate`. moments: of the scores so
+    far, which `reward_scaling` reads and keeps up to date.
     """
-    rollout = roll_out(
-        models,
-        prompts,
-        queries,
-        response_length=config.response_length,
-        temperature=config.temperature,
-        stop=stop,
-    )
+    own = distributed.stretch(len(prompts))
+    sampling = {"response_length": config.response_length, "temperature": config.temperature, "stop": stop}
+    rollout = roll_out(models, prompts[own], queries[own], **sampling)
     scored = score(
         rollout,
         models,
@@ -491,8 +543,13 @@ def collect(
         micro_batch_size=(
             config.micro_batch_size if config.rollout_micro_batch_size is None else config.rollout_micro_batch_size
         ),
+        micro_batch_tokens=config.micro_batch_tokens,
         full_logits=config.full_logits,
     )
+    if distributed.count() > 1:
+        device, here = rollout.ids.device, moved(scored, "cpu")
+        scored = moved(joined(distributed.gathered(here), models.tokenizer.pad_token_id), device)
+        rollout = scored.rollout
     check_finite(tensors_of(scored), samples=rollout.samples, beside=tensors_of(rollout))
     scale = (
         running_scale([0.0, 0.0, 0.0] if moments is None else moments, scored.scores) if config.reward_scaling else 1.0
@@ -500,6 +557,20 @@ def collect(
     batch = advantages_of(scored, kl_coef, config, scale)
     check_finite(tensors_of(batch), samples=rollout.samples, beside=tensors_of(rollout) | tensors_of(scored))
     return batch
+
+
+def first_experience(
+    models: Models,
+    prompts: Sequence[str],
+    queries: Sequence[list[int]],
+    config: PPOConfig,
+    stop: Sequence[int],
+    count: int,
+) -> Advantaged:
+    """The experience of `count` rollouts on the first prompts."""
+    rows = [i // replies_each(config) % len(prompts) for i in range(count)]
+    asked = [prompts[i] for i in rows], [queries[i] for i in rows]
+    return collect(models, *asked, float(config.kl_coef), config, stop)
 
 
 def tensors_of(record: object) -> dict[str, Tensor]:
@@ -586,9 +657,7 @@ def optimize(
         for rows in minibatches:
             rows = rows.tolist()
             with blaming(models.trained, {row: row for row in rows}, alone, partial(all_tensors, batch), samples):
-                stats = accumulate_gradient(batch, rows, models, config)
-                if ptx and not warming:
-                    stats |= accumulate_ptx_gradient(ptx, len(rows), models, config, order)
+                stats = gradient_of_rows(models, config, order, () if warming else ptx, batch, rows)
                 losses = {name: stat for name, stat in stats.items() if name.startswith("loss/")}
                 if config.checks and not done:
                     checks.check_first_ratio(stats["val/ratio"], stats["val/ratio_var"], models.policy.dtype, where)
@@ -608,34 +677,76 @@ def optimize(
 
 @torch.no_grad()
 def follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, parameter by parameter."""
-    for kept, now in zip(average.parameters(), model.parameters(), strict=True):
+    """average <- decay * average + (1 - decay) * model, parameter by parameter that is trained."""
+    for kept, now in zip(lora.trained(average), lora.trained(model), strict=True):
         kept.lerp_(now.to(kept.dtype), 1 - decay)
 
 
-def accumulate_ptx_gradient(
-    examples: Sequence[Example], count: int, models: Models, config: PPOConfig, order: torch.Generator
+def gradient_of_rows(
+    models: Models,
+    config: PPOConfig,
+    order: torch.Generator,
+    ptx: Sequence[Example],
+    batch: Advantaged,
+    rows: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Add ptx_coef times the gradient of the mean loss over the reply tokens of `count` examples, drawn with replacement."""
-    drawn = [examples[row] for row in torch.randint(len(examples), (count,), generator=order).tolist()]
-    windows = loop.micro_batches(range(count), [len(example.ids) for example in drawn], config.micro_batch_size)
-    parts, pad_id = [[drawn[row] for row in window] for window in windows], models.tokenizer.pad_token_id
-    told = accumulate_loss(models.policy, parts, pad_id, config.full_logits, weight=config.ptx_coef)
-    return {"loss/ptx_avg": told["loss"]}
+    """`accumulate_gradient`, of as many of the written replies `ptx` as of `rows`, drawn with replacement."""
+    drawn = torch.randint(len(ptx), (len(rows),), generator=order).tolist() if ptx else []
+    return accumulate_gradient(batch, rows, models, config, [ptx[row] for row in drawn])
 
 
 def gradient_of_row(batch: Advantaged, models: Models, config: PPOConfig, row: int) -> dict[str, Tensor]:
-    return accumulate_gradient(batch, [row], models, config)
+    return add_gradient(batch, [row], models, config)
 
 
-def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig) -> dict[str, Tensor]:
+def accumulate_gradient(
+    batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig, written: Sequence[Example] = ()
+) -> dict[str, Tensor]:
+    """`add_gradient` of a minibatch, and `add_ptx_gradient` of replies, by all processes together, each its share of both.
+
+    Returns losses and statistics of the whole, the same in all of them.
+    """
+    own = distributed.share(rows, batch.scored.rollout.lengths)
+    stats = add_gradient(batch, own, models, config, rows)
+    if written:
+        stats |= add_ptx_gradient(written, models, config)
+    return with_variance(distributed.combined(models.trained, stats))
+
+
+def add_ptx_gradient(written: Sequence[Example], models: Models, config: PPOConfig) -> dict[str, Tensor]:
+    """Add ptx_coef times the gradient of the mean loss over all reply tokens of `written`, this process's share of it."""
+    lengths, pad_id = [len(example.ids) for example in written], models.tokenizer.pad_token_id
+    own = distributed.share(range(len(written)), lengths)
+    few = loop.micro_batches(own, lengths, config.micro_batch_size, config.micro_batch_tokens)
+    parts = [[written[row] for row in part] for part in few]
+    options = {"weight": config.ptx_coef, "tokens": reply_tokens(written)}
+    told = accumulate_loss(models.policy, parts, pad_id, config.full_logits, **options)
+    return {"loss/ptx_avg": told["loss"]}
+
+
+def with_variance(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The variance of the ratio, from its second moment about 1."""
+    return stats | {"val/ratio_var": stats["val/ratio_var"] - (stats["val/ratio"] - 1) ** 2}
+
+
+def add_gradient(
+    batch: Advantaged,
+    rows: Sequence[int],
+    models: Models,
+    config: PPOConfig,
+    batch_rows: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
     """Add the gradient of the losses over the response tokens of a minibatch -> its losses and statistics.
 
     The minibatch is taken in micro-batches; dividing each by the tokens (with rloo: replies) of the whole makes their sum
     exact. With rloo the ratios, and what is said of them, are those of whole replies.
+
+    batch_rows: those of the whole minibatch, where `rows` are only this process's share. The statistics are shares of the
+    whole, `val/ratio_var` the second moment about 1.
     """
     scored, rollout = batch.scored, batch.scored.rollout
-    tokens = sum(rollout.response_lengths[row] for row in rows)
+    whole = rows if batch_rows is None else batch_rows
+    tokens, replies = sum(rollout.response_lengths[row] for row in whole), len(whole)
     limits = {
         "clip_low": config.cliprange,
         "clip_high": config.cliprange if config.cliprange_high is None else config.cliprange_high,
@@ -643,16 +754,16 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
         "log_ratio_clip": config.log_ratio_clip,
     }
     totals: dict[str, Tensor] = {}
-    for window in rollout.windows(rows, config.micro_batch_size):
+    for window in rollout.windows(rows, config.micro_batch_size, config.micro_batch_tokens):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
         old, advantages, ratios = scored.logprobs[place], batch.advantages[place], window.tokens / tokens
         options = {"temperature": config.temperature, "full_logits": config.full_logits}
         if config.advantage == "rloo":
-            ratios = len(window.rows) / len(rows)
+            ratios = len(window.rows) / replies
             options |= {"response_mask": response_mask, "with_entropy": True}
             logprobs, entropies = response_logprobs(models.policy, ids, mask, length, **options)
-            policy_loss, policy_stats = group.reply_loss(logprobs, old, advantages, replies=len(rows), **limits)
+            policy_loss, policy_stats = group.reply_loss(logprobs, old, advantages, replies=replies, **limits)
             entropy = entropies.sum() / tokens
             loss = policy_loss - config.entropy_coef * entropy if config.entropy_coef else policy_loss
             policy_stats |= {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
@@ -697,7 +808,7 @@ def accumulate_gradient(batch: Advantaged, rows: Sequence[int], models: Models, 
             part["loss/value_avg"] = value_loss.detach()
             part["val/clipfrac_avg"] = value_stats["clip_fraction"] * (window.tokens / tokens)
         totals = {name: totals[name] + value for name, value in part.items()} if totals else part
-    return totals | {"val/ratio_var": totals["val/ratio_var"] - (totals["val/ratio"] - 1) ** 2}
+    return totals
 
 
 def describe(batch: Advantaged, kl_estimator: str) -> dict[str, float]:

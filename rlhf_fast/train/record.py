@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import rlhf_fast
+from rlhf_fast.train import distributed
 from rlhf_fast.train.checkpoint import SUMMARY, finite_json, remove_partials, write_file, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.loop import StageConfig, say
@@ -211,20 +212,28 @@ class Stage:
         }
         self._checkpoints = Checkpoints(self.out, self.state, self._origin, self.config.keep_checkpoints)
         with ExitStack() as stack:
-            stack.enter_context(self._checkpoints.locked())
-            remove_partials(self.out, *filter(Path.is_dir, self.out.iterdir()))
-            text = self._restore()
-            told = {"report_to": self.config.report_to, "title": self.name, "config": self._origin["config"]}
-            self._log = RunLog(self.out, text, self.state.step, **told)
-            stack.callback(self._log.close)
-            self._progress = Progress(self.name, self.total_steps, before=self.state.step)
-            stack.callback(self._progress.close)
+            distributed.from_main(lambda: self._take(stack))
+            text = distributed.main_first(self._restore)
+            distributed.from_main(lambda: self._open(stack, text))
             self._stack = stack.pop_all()
         self._saved_at, self._save_seconds, self._saves = time.perf_counter(), 0.0, 0
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    def _take(self, stack: ExitStack) -> None:
+        """Lock the directory, and clear it of what was not finished."""
+        stack.enter_context(self._checkpoints.locked())
+        remove_partials(self.out, *filter(Path.is_dir, self.out.iterdir()))
+
+    def _open(self, stack: ExitStack, text: bytes) -> None:
+        """Begin to log where `text` ends, and to show how far it is."""
+        told = {"report_to": self.config.report_to, "title": self.name, "config": self._origin["config"]}
+        self._log = RunLog(self.out, text, self.state.step, **told)
+        stack.callback(self._log.close)
+        self._progress = Progress(self.name, self.total_steps, before=self.state.step)
+        stack.callback(self._progress.close)
 
     def _restore(self) -> bytes:
         """Go back to the newest checkpoint, if there is one -> the log up to there."""
@@ -252,7 +261,7 @@ class Stage:
         for step, batch in enumerate(batches, self.state.step + 1):
             yield step, batch
             self.state.step = step
-            if self._save_is_due():
+            if distributed.from_main(self._save_is_due):
                 self._save()
 
     def _save_is_due(self) -> bool:
@@ -262,7 +271,8 @@ class Stage:
 
     def _save(self) -> None:
         start = time.perf_counter()
-        self._checkpoints.save(Record(self._started, self._resumed_at, **self._clocks(), log=self._log.text()))
+        log = self._log.text() if distributed.is_main() else b""
+        self._checkpoints.save(Record(self._started, self._resumed_at, **self._clocks(), log=log))
         self._saved_at = time.perf_counter()
         self._save_seconds, self._saves = self._save_seconds + self._saved_at - start, self._saves + 1
 
@@ -273,7 +283,12 @@ class Stage:
         show: Sequence[str],
         completions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Log `metrics` for `step` (1-based), and replies as rows; the ones named in `show` appear beside the progress bar."""
+        """Log `metrics` for `step` (1-based), and replies as rows; the ones named in `show` appear beside the progress bar.
+
+        Of several processes the main one writes, and tells the trackers.
+        """
+        if not distributed.is_main():
+            return
         self._log.log(step, self._clocks() | dict(metrics), completions)
         if completions:
             self._progress.show(step, completions)
@@ -281,6 +296,8 @@ class Stage:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write `stage.json` and remove the checkpoints. Call it after everything else of the stage is on disk."""
+        if not distributed.is_main():
+            return
         summary = {
             "stage": self.name,
             "config": self._origin["config"],
@@ -292,6 +309,7 @@ class Stage:
             "versions": versions(),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            "processes": distributed.count(),
             "parameters": self.parameters,
             "data": dict(self.data),
             "inputs": self._origin["inputs"],

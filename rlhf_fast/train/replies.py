@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,12 +33,14 @@ def accumulate_loss(
     full_logits: bool = False,
     *,
     weight: float = 1.0,
+    tokens: int | None = None,
 ) -> dict[str, Tensor]:
     """Add `weight` times the gradient of the mean loss over all reply tokens of a batch, given in parts.
 
-    Returns loss and entropy, means over these tokens in nats, both without the weight.
+    tokens: so many are in the batch, of which `parts` are this process's share; None: they are all of it. Returns loss and
+    entropy, means over these tokens in nats, both without the weight.
     """
-    normalizer = sum(len(example.ids) - example.start for part in parts for example in part)
+    normalizer = tokens or reply_tokens(example for part in parts for example in part)
     loss = entropy = torch.zeros((), device=model.device)
     for part in parts:
         logprobs, entropies = reply_logprobs(model, part, pad_id, full_logits)
@@ -47,6 +49,11 @@ def accumulate_loss(
         loss = loss + part_loss.detach()
         entropy = entropy + entropies.detach().sum() / normalizer
     return {"loss": loss, "entropy": entropy}
+
+
+def reply_tokens(examples: Iterable[Example]) -> int:
+    """How many tokens of `examples` are learnt."""
+    return sum(len(example.ids) - example.start for example in examples)
 
 
 def encode(encoder: Encoder, prompt: str, response: str) -> Example:

@@ -5,7 +5,7 @@ is not saved is made again from the same inputs, whose digests are compared. Unt
 `output_dir/checkpoints` the newest few
 
     step-000120/            whole, or not there: written beside, flushed, renamed
-      NAME.safetensors      each trained model
+      NAME.safetensors      each trained model; of one with an adapter, what is trained
       optimizer.safetensors
       state.json            step, counters, random states, clocks; stage, config and inputs that they belong to
       log.jsonl             the log up to here
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.train import distributed
 from rlhf_fast.train.checkpoint import (
     LOCK,
     SUMMARY,
@@ -77,7 +78,7 @@ FREE = {
 }
 FREE_ON_MACHINE = {"device", "threads"}  # what they lead to is compared
 # These add up the same numbers in another order: allowed, so that a run may go on with less memory, and said.
-ROUNDING = {"micro_batch_size", "rollout_micro_batch_size", "full_logits"}
+ROUNDING = {"micro_batch_size", "micro_batch_tokens", "rollout_micro_batch_size", "full_logits"}
 
 
 class Damaged(UserError):
@@ -110,13 +111,14 @@ class State:
     def files(self) -> list[str]:
         return [f"{name}.safetensors" for name in (*self.models, OPTIMIZER)]
 
-    def save(self, directory: Path) -> dict[str, Any]:
-        """Write the tensors to `directory` and return the rest."""
+    def save(self, directory: Path, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Write the tensors to `directory` and return the rest. others: the random states of the other processes."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        moments = self.optimizer.state_dict()["state"]
-        tensors = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
+        own = self.optimizer.state
+        moments = {i: own[p] for i, p in enumerate(_parameters(self.optimizer)) if own.get(p)}
+        tensors = {f"{i}.{name}": torch.as_tensor(x) for i, values in moments.items() for name, x in values.items()}
         for file, content in zip(self.files(), [*map(_tensors_of, self.models.values()), tensors], strict=True):
             try:
                 save_file(_on_host(content), directory / file)
@@ -124,10 +126,19 @@ class State:
                 raise UserError(f"checkpoint {directory / file} cannot be written: {error}") from None
         idle = [i for i in range(len(_parameters(self.optimizer))) if i not in moments]
         state = {"step": self.step, "so_far": vars(self.so_far), "means": self.means.state()}
-        return state | {"parameters_without_gradient": idle, "random": _random_states(self.order)}
+        state |= {"parameters_without_gradient": idle, "random": _random_states(self.order)}
+        return state | ({"random_of_others": list(others)} if others else {})
 
     def load(self, directory: Path, saved: Mapping[str, Any]) -> None:
-        """Undo `save`. Damaged: names, shapes or types are not those of this state, which may then be half loaded."""
+        """Undo `save`. Damaged: names, shapes or types are not those of this state, which may then be half loaded.
+
+        UserError if other than as many processes left it: each has random states of its own.
+        """
+        randoms = [saved["random"], *saved.get("random_of_others", [])]
+        if len(randoms) != distributed.count():
+            raise UserError(
+                f"{directory} was left by {len(randoms)} processes and {distributed.count()} are here; start as many again"
+            )
         for file, model in zip(self.files(), self.models.values(), strict=False):
             own = _tensors_of(model)
             stored = _read_tensors(directory / file, own)
@@ -141,10 +152,13 @@ class State:
         initial.update(found)
         self.means.restore(saved["means"], next(next(iter(self.models.values())).parameters()).device)
         self.step = saved["step"]
-        _set_random_states(saved["random"], self.order)
+        _set_random_states(randoms[distributed.rank()], self.order)
 
     def _load_optimizer(self, path: Path, idle: Sequence[int]) -> None:
         trained = {i: p for i, p in enumerate(_parameters(self.optimizer)) if i not in idle}
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            self._load_bytes(path, trained)
+            return
         expected = {f"{i}.step": torch.zeros(()) for i in trained}
         expected |= {f"{i}.{name}": p for i, p in trained.items() for name in ("exp_avg", "exp_avg_sq")}
         stored = _read_tensors(path, expected)
@@ -153,14 +167,29 @@ class State:
         state = {i: {name: own[f"{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")} for i in trained}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
+    def _load_bytes(self, path: Path, trained: Mapping[int, nn.Parameter]) -> None:
+        """The state of an 8-bit optimizer: bytes and the scales of their blocks, whose shapes only it knows."""
+        stored: dict[int, dict[str, Any]] = {i: {} for i in trained}
+        for name, tensor in _read_file(path).items():
+            number, _, kind = name.partition(".")
+            if int(number) not in stored:
+                raise Damaged(f"{path.name} holds a moment of parameter {number}, which has none")
+            own = tensor.clone().to(trained[int(number)].device)
+            stored[int(number)][kind] = int(own) if kind == "step" else own
+        for i, values in stored.items():
+            if any(values.get(kind) is None or values[kind].shape != trained[i].shape for kind in ("state1", "state2")):
+                raise Damaged(f"{path.name} has no moments of the shape of parameter {i}")
+            self.optimizer.state[trained[i]] = values
+
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    """Parameters that are trained and buffers, by name, tied ones once. The others come from the model's directory."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | dict(model.named_buffers())
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,14 +203,18 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return host
 
 
-def _read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        stored = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise Damaged(f"{path.name} is not a safetensors file: {error}") from None
+
+
+def _read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stored = _read_file(path)
     if stored.keys() != expected.keys():
         wrong = sorted(stored.keys() ^ expected.keys())
         raise Damaged(f"{path.name} holds other tensors than this model, {wrong[0]} for one")
@@ -230,8 +263,14 @@ def _array(text: str, kind: type) -> np.ndarray:
 def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
     """The directory to write to, not made yet, and whether this stage is finished there.
 
-    UserError if the directory holds anything but this stage, begun or finished with this config and these data.
+    Of several processes the main one looks, once all are found. UserError if the directory holds anything but this stage,
+    begun or finished with this config and these data.
     """
+    distributed.join(config.device)
+    return distributed.from_main(lambda: _claim(name, config))
+
+
+def _claim(name: str, config: StageConfig) -> tuple[Path, bool]:
     out = Path(config.output_dir)
     if not config.resume:
         return claim_output(out), False
@@ -413,10 +452,13 @@ class Checkpoints:
                 raise Damaged(f"the content of {name} has changed since it was written")
 
     def save(self, record: Record) -> None:
-        """Write a checkpoint of the state, and remove those no longer needed."""
+        """Write a checkpoint of the state, and remove those no longer needed. All processes call it, the main one writes."""
+        _, *others = distributed.gathered(_random_states(self._state.order)) if distributed.count() > 1 else [None]
+        if not distributed.is_main():
+            return
         with write_directory(self._place / f"step-{self._state.step:06d}") as partial:
             clocks = {name: getattr(record, name) for name in CLOCKS}
-            saved = {**self._origin, **clocks, **self._state.save(partial)}
+            saved = {**self._origin, **clocks, **self._state.save(partial, others)}
             (partial / STATE).write_text(to_json(saved), encoding="utf-8")
             (partial / LOG).write_bytes(record.log)
             files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in partial.iterdir()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
-from rlhf_fast.train import checks, loop
+from rlhf_fast.train import checks, distributed, estimate, loop
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMALLEST_SPREAD = 1e-6
+EXTREMES = {"min_reward": min, "max_reward": max}  # the other statistics of a batch are means
 
 
 @dataclass(frozen=True)
-class RewardConfig(loop.StageConfig):
+class RewardConfig(loop.TrainConfig):
     """A reward model from preference pairs; `model` is the directory of the fine-tuned policy."""
 
     max_prompt_tokens: int = option(
@@ -81,22 +82,27 @@ class Pair:
         return max(len(self.chosen), len(self.rejected))
 
 
-def train(config: RewardConfig) -> Path:
+def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
+    dry_run: print what memory and time it would take instead, and write nothing.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
+    loop.check_installed(config, "reward")
     out, finished = claim("reward", config)
     if finished:
         return out
     device = loop.pick_device(config.device)
+    if dry_run and not estimate.begin("reward", config, device):
+        return out
     chat = Chat.of(config)
     rows, bad_rows, rows_read = read_preferences(config.data, bad_rows=config.bad_rows, chat=chat)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     places = {"dtype": config.dtype, "device": device, "chat": chat}
     model, tokenizer = reward_from_policy(config.model, **places, std=config.head_init_std)
+    loop.made_trainable(model, config)
     policy, _ = load_policy(config.model, **places)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
@@ -119,7 +125,9 @@ def train(config: RewardConfig) -> Path:
     batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
     total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
-    optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    optimizer = loop.adamw(
+        [model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon, kind=config.optimizer
+    )
     means = loop.Means()
     inputs = {"training rows": pairs, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, SimpleNamespace(), inputs, means)
@@ -127,18 +135,27 @@ def train(config: RewardConfig) -> Path:
     def alone(pair: Pair) -> dict[str, Tensor]:
         return accumulate_gradient(model, [[pair]], pad_id, center_coef=config.center_coef)
 
+    def of_rows(rows: Sequence[int]) -> dict[str, Tensor]:
+        return accumulate_gradient(model, [[pairs[row] for row in rows]], pad_id, center_coef=config.center_coef)
+
+    if dry_run:
+        tried = (lengths, batches, of_rows)
+        estimate.passes("reward", config, {"model": model}, optimizer, *tried, sequences=2, device=device)
+        return out
+    distributed.agree({"model": model})
     with Stage("reward", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
-            parts = [
-                [pairs[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
-            ]
+            own = distributed.share(rows, lengths)
+            few = loop.micro_batches(own, lengths, config.micro_batch_size, config.micro_batch_tokens, sequences=2)
+            parts = [[pairs[row] for row in part] for part in few]
             where, batch = f"reward step {step}", dict(enumerate(pairs[row] for row in rows))
             with (
                 keeping(out, where, [prompts[row] for row in rows], config),
                 blaming({"model": model}, batch, alone, partial(tensors_of, batch.values(), pad_id)),
             ):
-                stats = accumulate_gradient(model, parts, pad_id, center_coef=config.center_coef)
+                stats = accumulate_gradient(model, parts, pad_id, center_coef=config.center_coef, count=len(rows))
+                stats = distributed.combined({"model": model}, stats, EXTREMES)
                 norms = loop.clip_and_step(
                     optimizer,
                     {"model": model},
@@ -176,10 +193,20 @@ def tensors_of(pairs: Iterable[Pair], pad_id: int) -> dict[str, Tensor]:
 
 
 def accumulate_gradient(
-    model: PreTrainedModel, parts: Sequence[Sequence[Pair]], pad_id: int, *, center_coef: float
+    model: PreTrainedModel,
+    parts: Sequence[Sequence[Pair]],
+    pad_id: int,
+    *,
+    center_coef: float,
+    count: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over all pairs of a batch, given in parts -> its loss and statistics."""
-    count = sum(map(len, parts))
+    """Add the gradient of the mean loss over all pairs of a batch, given in parts -> its loss and statistics.
+
+    count: so many pairs are in the batch, of which `parts` are this process's share, or nothing; None: they are all of it.
+    """
+    count = count or sum(map(len, parts))
+    if not parts:
+        return {}
     rows = []
     for part in parts:
         chosen, rejected = score(

@@ -10,7 +10,8 @@ at a time, cut to the columns that hold their tokens; nothing here depends on ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from rlhf_fast import gae, masked_whiten, shape_rewards
 from rlhf_fast.train import loop
 from rlhf_fast.train.errors import NotFinite, UserError
-from rlhf_fast.train.generate import Sample, generate
+from rlhf_fast.train.generate import Engine, Sample, generate
+from rlhf_fast.train.lora import switched_off
 from rlhf_fast.train.model import sequence_scores, token_values
 from rlhf_fast.train.policy import response_logprobs
 
@@ -33,6 +35,7 @@ RewardFunction = Callable[[list[Sample]], Sequence[float]]
 class Models:
     """What takes part: `policy` and `value` are trained, `reference` stays; `reward` is a model or any function.
 
+    A policy with an adapter is its own reference, with the adapter switched off: read it inside `referring`.
     Without a value model, replies are weighed against each other: see `group`.
     """
 
@@ -42,6 +45,13 @@ class Models:
     reward: PreTrainedModel | RewardFunction
     tokenizer: PreTrainedTokenizerBase
     average: PreTrainedModel | None = None  # of the policy's weights over the steps
+    engine: Engine | None = None
+
+    @contextmanager
+    def referring(self) -> Iterator[PreTrainedModel]:
+        """The reference, as it is to be read: inside, a policy that is its own reference is the policy no longer."""
+        with switched_off(self.policy) if self.reference is self.policy else nullcontext():
+            yield self.reference
 
     @property
     def trained(self) -> dict[str, PreTrainedModel]:
@@ -74,11 +84,17 @@ class Rollout:
     query_lengths: list[int]
     response_lengths: list[int]
 
-    def windows(self, rows: Sequence[int], micro_batch_size: int) -> Iterator[Window]:
-        """`rows` in parts of similar length, at most `micro_batch_size` each (0: one part)."""
-        lengths = [query + response for query, response in zip(self.query_lengths, self.response_lengths, strict=True)]
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of prompt and reply of each row."""
+        return [query + response for query, response in zip(self.query_lengths, self.response_lengths, strict=True)]
+
+    def windows(self, rows: Sequence[int], micro_batch_size: int, micro_batch_tokens: int = 0) -> Iterator[Window]:
+        """`rows` in parts of similar length, at most `micro_batch_size` (0: one part) and `micro_batch_tokens` (0: any) each."""
+        lengths = self.lengths
         width = self.ids.shape[1] - self.response_mask.shape[1]
-        for part in loop.micro_batches(rows, lengths, micro_batch_size):
+        widths = (self.query_lengths, self.response_lengths)
+        for part in loop.micro_batches(rows, lengths, micro_batch_size, micro_batch_tokens, widths=widths):
             query = max(self.query_lengths[row] for row in part)
             response = max(self.response_lengths[row] for row in part)
             index = torch.tensor(part, device=self.ids.device)
@@ -123,17 +139,18 @@ def roll_out(
     stop: Sequence[int] | None = None,
     watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Rollout:
-    """One reply of the policy to each of `prompts`, whose token ids are `queries`; `stop` and `watch` as in `generate`."""
-    completions = generate(
-        models.policy,
-        models.tokenizer,
-        queries,
-        max_new_tokens=response_length,
-        temperature=temperature,
-        batch_size=len(queries),
-        stop=stop,
-        watch=watch,
-    )
+    """One reply of the policy to each of `prompts`, whose token ids are `queries`; `stop` and `watch` as in `generate`.
+
+    Watched, they are always sampled by `transformers`.
+    """
+    sampling = {"max_new_tokens": response_length, "temperature": temperature, "batch_size": len(queries), "stop": stop}
+    engine = models.engine if watch is None else None
+    try:
+        completions = generate(models.policy, models.tokenizer, queries, **sampling, watch=watch, engine=engine)
+    except NotFinite as error:
+        # Its row counts from the first of these prompts, which are a part of the batch where there are several processes.
+        error.texts = {"prompt": prompts[error.row]}
+        raise
     finished = completions.finished.tolist()
     samples = map(Sample, prompts, completions.texts(models.tokenizer), finished)
     return Rollout(
@@ -156,10 +173,11 @@ def score(
     missing_eos: str,
     missing_eos_penalty: float,
     micro_batch_size: int,
+    micro_batch_tokens: int = 0,
     min_response_length: int = 0,
     full_logits: bool = False,
 ) -> Scored:
-    """Score the replies and weigh each of their tokens, `micro_batch_size` rows at a time (0: all at once).
+    """Score the replies and weigh each of their tokens, so many rows or tokens at a time as in `Rollout.windows`.
 
     missing_eos: a reply without an end, or of less than `min_response_length` tokens, scores -missing_eos_penalty
     ("replace"), that much less ("subtract"), or what the reward says ("none").
@@ -167,12 +185,13 @@ def score(
     wide = torch.promote_types(models.policy.dtype, torch.float32)
     logprobs, ref_logprobs, values = (rollout.ids.new_zeros(rollout.response_mask.shape, dtype=wide) for _ in range(3))
     scores = rollout.ids.new_zeros(len(rollout.ids), dtype=wide)
-    for window in rollout.windows(range(len(rollout.ids)), micro_batch_size):
+    for window in rollout.windows(range(len(rollout.ids)), micro_batch_size, micro_batch_tokens):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
         scale = {"temperature": temperature, "response_mask": response_mask, "full_logits": full_logits}
         logprobs[place] = response_logprobs(models.policy, ids, mask, length, **scale)
-        ref_logprobs[place] = response_logprobs(models.reference, ids, mask, length, **scale)
+        with models.referring() as reference:
+            ref_logprobs[place] = response_logprobs(reference, ids, mask, length, **scale)
         if models.value is not None:
             values[place] = token_values(models.value, ids, mask, length) * response_mask
         if isinstance(models.reward, torch.nn.Module):
@@ -185,6 +204,44 @@ def score(
     elif missing_eos == "subtract":
         scores = torch.where(right, scores, scores - missing_eos_penalty)
     return Scored(rollout, scores, logprobs, ref_logprobs, None if models.value is None else values)
+
+
+def joined(parts: Sequence[Scored], pad_id: int) -> Scored:
+    """Several scored rollouts as one, in their order, padded to the longest prompt and the longest reply of all."""
+    rollouts = [part.rollout for part in parts]
+    replies = [rollout.response_mask.shape[1] for rollout in rollouts]
+    prompts = [rollout.ids.shape[1] - reply for rollout, reply in zip(rollouts, replies, strict=True)]
+
+    def padded(tensors: Sequence[Tensor], value: float = 0, *, both: bool = False) -> Tensor:
+        left = [max(prompts) - prompt if both else 0 for prompt in prompts]
+        sizes = zip(tensors, left, replies, strict=True)
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(x, (before, max(replies) - reply), value=value) for x, before, reply in sizes])
+
+    def of(name: str) -> Tensor:
+        return padded([getattr(part, name) for part in parts])
+
+    rollout = Rollout(
+        samples=[sample for rollout in rollouts for sample in rollout.samples],
+        ids=padded([rollout.ids for rollout in rollouts], pad_id, both=True),
+        mask=padded([rollout.mask for rollout in rollouts], both=True),
+        response_mask=padded([rollout.response_mask for rollout in rollouts]),
+        finished=torch.cat([rollout.finished for rollout in rollouts]),
+        query_lengths=[length for rollout in rollouts for length in rollout.query_lengths],
+        response_lengths=[length for rollout in rollouts for length in rollout.response_lengths],
+    )
+    scores = torch.cat([part.scores for part in parts])
+    values = None if parts[0].values is None else of("values")
+    return Scored(rollout, scores, of("logprobs"), of("ref_logprobs"), values)
+
+
+def moved(scored: Scored, device: str | torch.device) -> Scored:
+    """The same on another device."""
+
+    def there(record: object) -> dict[str, Tensor]:
+        return {name: value.to(device) for name, value in vars(record).items() if isinstance(value, Tensor)}
+
+    return replace(scored, rollout=replace(scored.rollout, **there(scored.rollout)), **there(scored))
 
 
 def call_reward(reward: RewardFunction, samples: list[Sample]) -> Tensor:

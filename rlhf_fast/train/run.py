@@ -25,7 +25,19 @@ from rlhf_fast.train.checkpoint import (
     write_file,
     write_json,
 )
-from rlhf_fast.train.config import build, dump_yaml, flatten, keys, load_yaml, option, part, required, to_dict, validate
+from rlhf_fast.train.config import (
+    build,
+    dump_yaml,
+    flatten,
+    keys,
+    load_yaml,
+    option,
+    part,
+    required,
+    section_name,
+    to_dict,
+    validate,
+)
 from rlhf_fast.train.data import (
     Conversation,
     Demonstration,
@@ -172,6 +184,7 @@ def run(
             model, tokenizer = load_policy(start, dtype=config.dtype, chat=chat)
         for stage in (config.sft, *([config.reward] if needs_reward(config, judge) else []), last_stage(config)):
             validate(stage_config(config, stage))
+            loop.check_installed(stage, section_name(type(stage)))
             check_context(stage, model, tokenizer)
         if config.algorithm == "ppo":
             ppo.check(stage_config(config, config.ppo), config.ppo.reward, judge)

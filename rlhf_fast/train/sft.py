@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast.train import checks, loop
+from rlhf_fast.train import checks, distributed, estimate, loop
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -28,7 +28,7 @@ from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head
 from rlhf_fast.train.record import Stage
-from rlhf_fast.train.replies import Example, accumulate_loss, encode, reply_logprobs
+from rlhf_fast.train.replies import Example, accumulate_loss, encode, reply_logprobs, reply_tokens
 from rlhf_fast.train.resume import State, claim
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SFTConfig(loop.StageConfig):
+class SFTConfig(loop.TrainConfig):
     """Supervised fine-tuning on demonstrations, or on the chosen replies of preference pairs."""
 
     max_prompt_tokens: int = option(
@@ -59,21 +59,26 @@ class SFTConfig(loop.StageConfig):
     full_logits: bool = option(False, FULL_LOGITS)
 
 
-def train(config: SFTConfig) -> Path:
+def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
     """Run the stage, or what a killed process left of it, and return its directory.
 
+    dry_run: print what memory and time it would take instead, and write nothing.
     UserError, before anything is written, if any input is wrong.
     """
     validate(config)
+    loop.check_installed(config, "sft")
     out, finished = claim("sft", config)
     if finished:
         return out
     device = loop.pick_device(config.device)
+    if dry_run and not estimate.begin("sft", config, device):
+        return out
     chat = Chat.of(config)
     rows, bad_rows, rows_read = read_demonstrations(config.data, bad_rows=config.bad_rows, chat=chat)
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device, chat=chat)
+    loop.made_trainable(model, config)
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -102,7 +107,9 @@ def train(config: SFTConfig) -> Path:
     batches, steps_per_epoch = loop.epochs(lengths, config.batch_size, config.num_train_epochs, order)
     total_steps = len(batches)
     schedule = {"schedule": config.lr_schedule, "warmup_steps": config.warmup_steps}
-    optimizer = loop.adamw([model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon)
+    optimizer = loop.adamw(
+        [model], weight_decay=config.weight_decay, epsilon=config.adam_epsilon, kind=config.optimizer
+    )
     means, so_far = loop.Means(), SimpleNamespace(tokens=0, results={})
     inputs = {"training rows": examples, "held-out rows": heldout}
     state = State({"model": model}, optimizer, order, so_far, inputs, means)
@@ -111,18 +118,28 @@ def train(config: SFTConfig) -> Path:
     def alone(example: Example) -> dict[str, Tensor]:
         return accumulate_gradient(model, [[example]], pad_id, config.full_logits)
 
+    def of_rows(rows: Sequence[int]) -> dict[str, Tensor]:
+        return accumulate_gradient(model, [[examples[row] for row in rows]], pad_id, config.full_logits)
+
+    if dry_run:
+        tried = (lengths, batches, of_rows)
+        estimate.passes("sft", config, {"model": model}, optimizer, *tried, sequences=1, device=device)
+        return out
+    distributed.agree({"model": model})
     with Stage("sft", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
-            parts = [
-                [examples[row] for row in part] for part in loop.micro_batches(rows, lengths, config.micro_batch_size)
-            ]
+            own = distributed.share(rows, lengths)
+            few = loop.micro_batches(own, lengths, config.micro_batch_size, config.micro_batch_tokens)
+            parts = [[examples[row] for row in part] for part in few]
+            learnt = reply_tokens(examples[row] for row in rows)
             where, batch = f"sft step {step}", dict(enumerate(examples[row] for row in rows))
             with (
                 keeping(out, where, [sides[0][row].prompt for row in rows], config),
                 blaming({"model": model}, batch, alone, partial(padded, [x.ids for x in batch.values()], pad_id)),
             ):
-                losses = accumulate_gradient(model, parts, pad_id, config.full_logits)
+                losses = accumulate_gradient(model, parts, pad_id, config.full_logits, learnt)
+                losses = distributed.combined({"model": model}, losses)
                 norms = loop.clip_and_step(
                     optimizer, {"model": model}, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
                 )
@@ -143,10 +160,17 @@ def train(config: SFTConfig) -> Path:
 
 
 def accumulate_gradient(
-    model: PreTrainedModel, parts: Sequence[Sequence[Example]], pad_id: int, full_logits: bool = False
+    model: PreTrainedModel,
+    parts: Sequence[Sequence[Example]],
+    pad_id: int,
+    full_logits: bool = False,
+    tokens: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over all reply tokens of a batch, given in parts -> its loss and entropy."""
-    return accumulate_loss(model, parts, pad_id, full_logits)
+    """Add the gradient of the mean loss over all reply tokens of a batch, given in parts -> its loss and entropy.
+
+    tokens: so many are in the batch, of which `parts` are this process's share; None: they are all of it.
+    """
+    return accumulate_loss(model, parts, pad_id, full_logits, tokens=tokens)
 
 
 @torch.inference_mode()

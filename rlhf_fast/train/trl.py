@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_fast.train import distributed
 from rlhf_fast.train.errors import UserError
-from rlhf_fast.train.loop import say
+from rlhf_fast.train.loop import ADAMW_8BIT, say
 
 RENAMED = {
     "sft_model_path": "model",
@@ -20,6 +21,7 @@ RENAMED = {
     "local_rollout_forward_batch_size": "rollout_micro_batch_size",
     "lr_scheduler_type": "lr_schedule",
     "save_total_limit": "keep_checkpoints",
+    "activation_checkpointing": "gradient_checkpointing",
 }
 PER_DEVICE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 DEFAULT_PER_DEVICE, DEFAULT_ACCUMULATION = 8, 1  # of TrainingArguments
@@ -27,9 +29,12 @@ COMBINED = {
     PER_DEVICE: "batch_size, micro_batch_size",
     ACCUMULATION: "batch_size, micro_batch_size",
     "num_train_epochs": "total_episodes",
+    "optim": "optimizer",
     "use_cpu": "device",
     "resume_from_checkpoint": "resume",
 }
+ADAMW = "adamw"
+OPTIMIZERS = {ADAMW: ("adamw_torch", "adamw_torch_fused"), ADAMW_8BIT: ("adamw_8bit", "adamw_bnb_8bit")}
 ABSENT = (None, False, "", "no", "none", {}, [])
 SHOWN = 8
 HIDDEN_STOP = "<STOP_TOKEN>"  # TrainingArguments.to_dict hides every key that ends in _token
@@ -44,29 +49,30 @@ class Refused:
     instead: str
 
 
-_ONE_PROCESS = "give batch_size and micro_batch_size, and leave it out"
+_WHOLE_MODELS = "models are not spread over processes; lora_rank, gradient_checkpointing and optimizer save memory"
 REFUSED = {
     "stop_token_id": Refused((None,), "give the text of that token as stop_token"),
     "max_steps": Refused((None, -1), "give total_episodes, which is updates x batch_size"),
-    "model_adapter_name": Refused((None,), "adapters have no names here"),
-    "ref_adapter_name": Refused((None,), "adapters have no names here"),
+    "model_adapter_name": Refused((None,), "lora_rank makes one adapter, which has no name"),
+    "ref_adapter_name": Refused((None,), "lora_rank makes one adapter, which has no name"),
     "push_to_hub": Refused((None, False), "nothing is uploaded; use `hf upload` on output_dir"),
     "run_name": Refused((None,), "a run is named after output_dir"),
     "bf16": Refused((None, False), "dtype bfloat16 holds the weights in it, too, and float32 is the default"),
     "fp16": Refused((None, False), "use dtype float32 or bfloat16"),
-    "optim": Refused((None, "adamw_torch", "adamw_torch_fused"), "the optimizer is torch's fused AdamW"),
     "optim_args": Refused(
         (None, ""), "the optimizer's settings are adam_beta1, adam_beta2, adam_epsilon, weight_decay"
     ),
-    "optim_target_modules": Refused((None,), "all weights are trained"),
+    "optim_target_modules": Refused((None,), "all weights are trained, or with lora_rank an adapter"),
     "lr_scheduler_kwargs": Refused((None, "", {}), "lr_schedule is linear, cosine or constant, after warmup_steps"),
     "warmup_ratio": Refused((None, 0.0), "give warmup_steps, in updates"),
     "label_smoothing_factor": Refused((None, 0.0), "PPO has no labels"),
     "neftune_noise_alpha": Refused((None,), "noise would change the ratio of new to old probabilities"),
-    "auto_find_batch_size": Refused((None, False), "give micro_batch_size, which changes no result"),
-    "fsdp": Refused((None, False, "", []), _ONE_PROCESS),
-    "deepspeed": Refused((None, ""), _ONE_PROCESS),
-    "parallelism_config": Refused((None,), _ONE_PROCESS),
+    "auto_find_batch_size": Refused(
+        (None, False), "give micro_batch_size or micro_batch_tokens, which change no result"
+    ),
+    "fsdp": Refused((None, False, "", []), _WHOLE_MODELS),
+    "deepspeed": Refused((None, ""), _WHOLE_MODELS),
+    "parallelism_config": Refused((None,), _WHOLE_MODELS),
     "full_determinism": Refused((None, False), "the seed decides everything on a CPU; on a GPU kernels may round anew"),
     "load_best_model_at_end": Refused((None, False), "give judge and eval_every: guard keeps the policy judged best"),
     "data_seed": Refused((None,), "seed orders the data, too"),
@@ -144,9 +150,7 @@ IDLE = {
     **dict.fromkeys(
         (
             "ds3_gather_for_generation",
-            "gradient_checkpointing",
             "gradient_checkpointing_kwargs",
-            "activation_checkpointing",
             "activation_checkpointing_kwargs",
             "torch_compile",
             "torch_compile_backend",
@@ -220,6 +224,7 @@ class Names:
             if foreign.get(name) is not None:
                 value = "constant" if foreign[name] == WARM_CONSTANT else foreign[name]
                 _take(ours, key, value, name, where, notes)
+        _optimizer(foreign, ours, where, notes)
         _batch_sizes(foreign, ours, where, notes)
         _epochs(foreign, ours, where, notes)
         _machine(foreign, ours, where, notes)
@@ -262,6 +267,20 @@ def _take(ours: dict[str, Any], key: str, value: Any, name: str, where: str, not
     notes.append(f"{key} {value} ({name})")
 
 
+def _optimizer(foreign: Mapping[str, Any], ours: dict[str, Any], where: str, notes: list[str]) -> None:
+    if ours.get("gradient_checkpointing", False) is None:  # in a dump, the alias of activation_checkpointing
+        del ours["gradient_checkpointing"]
+    name = foreign.get("optim")
+    if name is None:
+        return
+    found = next((key for key, names in OPTIMIZERS.items() if name in names), None)
+    if found is None:
+        names = ", ".join(name for names in OPTIMIZERS.values() for name in names)
+        raise UserError(f"{where}: 'optim' {name!r} cannot be honoured: the optimizers are {names}")
+    if found != ours.get("optimizer", ADAMW):
+        _take(ours, "optimizer", found, "optim", where, notes)
+
+
 def _batch_sizes(foreign: Mapping[str, Any], ours: dict[str, Any], where: str, notes: list[str]) -> None:
     for key in ("batch_size", "micro_batch_size"):
         if key in ours and ours[key] is None:  # in TRL's own dump, where they are computed later
@@ -272,9 +291,10 @@ def _batch_sizes(foreign: Mapping[str, Any], ours: dict[str, Any], where: str, n
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: '{name}' must be a whole number of at least 1, got {value!r}")
-    micro = sizes.get(PER_DEVICE, DEFAULT_PER_DEVICE)
-    named = f"{PER_DEVICE} x {ACCUMULATION}"
-    _take(ours, "batch_size", micro * sizes.get(ACCUMULATION, DEFAULT_ACCUMULATION), named, where, notes)
+    micro, processes = sizes.get(PER_DEVICE, DEFAULT_PER_DEVICE), distributed.asked_for()
+    named = f"{PER_DEVICE} x {ACCUMULATION}" + (f" x {processes} processes" if processes > 1 else "")
+    batch = micro * sizes.get(ACCUMULATION, DEFAULT_ACCUMULATION) * processes
+    _take(ours, "batch_size", batch, named, where, notes)
     _take(ours, "micro_batch_size", micro, PER_DEVICE, where, notes)
 
 

@@ -95,10 +95,10 @@ class World:
         if name == "dpo":
             config = from_dict(dpo.DPOConfig, self.files | SFT | {"model": trained["sft"]} | changes)
             return lambda: dpo.train(config)
-        if name in ("ppo", "grpo"):
+        if name in ("ppo", "grpo", "lora"):
             models = {"model": trained["sft"], "reward_model": trained["reward"]}
-            kind = {} if name == "ppo" else {"advantage": "grpo", "group_size": 3}
-            config = from_dict(ppo.PPOConfig, self.files | PPO | kind | models | changes)
+            kinds = {"grpo": {"advantage": "grpo", "group_size": 3}, "lora": {"lora_rank": 3}}
+            config = from_dict(ppo.PPOConfig, self.files | PPO | kinds.get(name, {}) | models | changes)
             return lambda: ppo.train(config)
         if name == "run":
             parts = {"sft": SFT, "reward": REWARD, "ppo": PPO | {"total_episodes": 24}}
@@ -107,7 +107,7 @@ class World:
         return lambda: small_demo(**changes)
 
 
-STAGES = ("sft", "reward", "ppo", "grpo", "dpo", "run", "demo")
+STAGES = ("sft", "reward", "ppo", "grpo", "lora", "dpo", "run", "demo")
 
 
 def small_demo(**changes: Any) -> Path:

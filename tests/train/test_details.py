@@ -102,7 +102,11 @@ DETAILS = {
         "PPO-max: scores by their running deviation, advantages clipped, the critic first",
         {"ppo.reward_scaling": False, "ppo.advantage_clip": None, "ppo.critic_warmup": 0, "ppo.target_kl": None},
     ),
-    30: Detail("seed", {"ppo.seed": 0}),
+    30: Detail(
+        "seed, and one of each process's own for what it samples",
+        {"ppo.seed": 0},
+        always="test_distributed.test_ppo_draws_other_numbers_in_each_process",
+    ),
     31: Detail("the log of the ratio is held", {"ppo.log_ratio_clip": 20.0}),
     32: Detail("a poor reward model is refused", {"ppo.min_reward_accuracy": 0.5}),
     33: Detail(

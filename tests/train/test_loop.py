@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import math
 import random
@@ -291,3 +292,25 @@ def test_a_stage_writes_its_summary_last_and_only_when_it_finished(tmp_path):
     with pytest.raises(RuntimeError, match="stop"), stage("failed"):
         raise RuntimeError("stop")
     assert not (tmp_path / "failed" / "stage.json").exists()
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_micro_batches_hold_so_many_tokens_and_no_fewer_than_they_could(size):
+    rng = random.Random(0)
+    for _ in range(200):
+        prompts, replies = ([rng.randint(1, 20) for _ in range(30)] for _ in range(2))
+        lengths = [a + b for a, b in zip(prompts, replies, strict=True)]
+        rows, tokens = rng.sample(range(30), 20), rng.randint(20, 200)
+
+        def padded(part, widths):
+            return len(part) * sum(max(width[row] for row in part) for width in widths)
+
+        for widths in ((), (prompts, replies)):
+            parts = loop.micro_batches(rows, lengths, size, tokens, widths=widths)
+            assert sorted(row for part in parts for row in part) == sorted(rows)
+            kept = widths or (lengths,)
+            assert all(len(part) == 1 or padded(part, kept) <= tokens for part in parts)
+            assert all(len(part) <= (size or 20) for part in parts)
+            if not size:  # no part has room for the row behind it
+                assert all(padded([*a, b[0]], kept) > tokens for a, b in itertools.pairwise(parts))
+    assert loop.micro_batches([2, 0, 1], [5, 1, 3], 0) == [[1, 2, 0]] and loop.micro_batches([], [], 0, 8) == []

