@@ -80,6 +80,9 @@ class Rendered(str):
         rendered.messages = messages
         return rendered
 
+    def __getnewargs__(self) -> tuple[str, tuple[Message, ...]]:  # copies and pickles keep what was rendered
+        return str(self), self.messages
+
 
 @dataclass(frozen=True)
 class Preference:
