@@ -259,8 +259,10 @@ def test_conversations_are_shared_as_texts_are(tmp_path):
     turns = [[{"role": "user", "content": f"the cat {i}"}] for i in range(16)]
     replies = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     tiny.write_rows(tmp_path / "pairs.jsonl", [{"prompt": prompt, **replies} for prompt in turns])
-    options = {"reward_model": None, "reward": "words:the", "total_episodes": 8, "stop_token": "}"}
-    together(lambda: ppo.train(config("ppo", tmp_path, **options)), tmp_path)
+    options = {"reward_model": None, "total_episodes": 8, "stop_token": "}"}
+    asked = config("ppo", tmp_path, **options)
+    outcomes = together(lambda: str(ppo.train(asked, reward=tiny.count_letters)), tmp_path)
+    assert outcomes == ["out", "out"]
     told = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
     assert len(told) == 8 and all(row["prompt"].startswith("<|im_start|>user\nthe cat") for row in told)
 

