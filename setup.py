@@ -46,6 +46,7 @@ CUDA_FLAGS = [
     "--compress-mode=size",
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fvisibility=hidden",
+    "-Xcompiler=-Os",  # the host's part checks arguments and launches
     *(f"-Xcompiler=-fmacro-prefix-map={folder}/=" for folder in OUR_FOLDERS),
 ]
 
@@ -143,6 +144,11 @@ def extension():
             "-fopenmp-simd",  # SIMD pragmas without the OpenMP runtime: threads are torch's own
             "-fno-math-errno",
             "-fno-trapping-math",  # never -ffast-math: inf and NaN have meanings here
+            # Copies of loops that are no faster: the hot ones are written as vectors, their options as constants.
+            "-fno-unswitch-loops",
+            "-fno-ipa-cp-clone",
+            "-fno-split-loops",
+            "-fno-tree-loop-distribution",
             *(f"-fmacro-prefix-map={folder}/=" for folder in OUR_FOLDERS),
         ]
     }

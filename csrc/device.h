@@ -154,6 +154,32 @@ inline ScalarType accumulate_type(const Tensor& t) {
 template <class T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
+// a / b of numbers of rows or of a row's pieces. A GPU has them in 32 bits, which divide in a tenth of the instructions: a grid has
+// fewer than 2^31 blocks, and rows of logits are counted before.
+HOST_DEVICE int64_t quotient_of_rows(int64_t a, int64_t b) {
+#if defined(RLHF_DEVICE_CODE)
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+#else
+  return a / b;
+#endif
+}
+inline void check_row_count([[maybe_unused]] int64_t rows) {
+#if defined(RLHF_DEVICE_CODE)
+  CHECK_VALUE(rows <= std::numeric_limits<uint32_t>::max(), "rlhf_fast: a CUDA tensor of logits may have at most 2^32 - 1 rows, got ", rows);
+#endif
+}
+
+// An output of float32 or float64 for code that does not know which: what is done once a row or a loss is compiled once.
+struct Reals {
+  void* data;
+  bool is_double;
+  HOST_DEVICE void put(int64_t i, double x) const {
+    if (is_double) static_cast<double*>(data)[i] = x;
+    else static_cast<float*>(data)[i] = static_cast<float>(x);
+  }
+};
+inline Reals reals(const Tensor& t) { return {t.mutable_data_ptr(), t.scalar_type() == ScalarType::Double}; }
+
 // Asks for huge pages under a large output. Linux hands out zeroed pages of 4 KiB at the first write, which for an output of many
 // megabytes takes longer than computing it; as NumPy does, with its threshold. Where the kernel gives none (THP "never"),
 // nothing changes. RLHF_FAST_HUGE_PAGES=0 turns it off.

@@ -472,8 +472,9 @@ inline std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, OptionalTen
     const GaeOptions& o = call.options;
     auto run = [&](auto lambdas) {
       constexpr int kLambdas = decltype(lambdas)::value;
-      if (mean_length <= 256) launch(call.rewards, gae_kernel<kWarp, kLambdas, A>, call.rows.rows, kWarp, arrays, call.rows, o);
-      else launch(call.rewards, gae_kernel<kGaeThreads, kLambdas, A>, call.rows.rows, kGaeThreads, arrays, call.rows, o);
+      if constexpr (sizeof(A) != 8 && kLambdas == 1)  // the common case; float64 is for checks
+        if (mean_length <= 256) return launch(call.rewards, gae_kernel<kWarp, kLambdas, A>, call.rows.rows, kWarp, arrays, call.rows, o);
+      launch(call.rewards, gae_kernel<kGaeThreads, kLambdas, A>, call.rows.rows, kGaeThreads, arrays, call.rows, o);
     };
     const bool one_lambda = o.lam_rows == o.returns_lam_rows && (o.lam_rows || o.lam == o.returns_lam);
     one_lambda ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});

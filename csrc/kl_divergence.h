@@ -196,17 +196,17 @@ HOST_DEVICE bool without_gradient(const KlStats<A>& stats, double upstream) {
 template <class T, class U, class Body>
 HOST_DEVICE void for_pairs(const T* x, const U* y, int64_t n, Body&& body) {
   constexpr int kCount = kLanes<accumulate_t<T>>;
+  const int64_t left = n % kCount;
+  T row[kCount] = {};
+  U ref_row[kCount] = {};
   if (n < kCount) {
-    T row[kCount] = {};
-    U ref_row[kCount] = {};
     memcpy(static_cast<void*>(row + (kCount - n)), x, sizeof(T) * n);
     memcpy(static_cast<void*>(ref_row + (kCount - n)), y, sizeof(U) * n);
-    body(n - kCount, load_lanes(row), load_lanes(ref_row), static_cast<int>(kCount - n));
-    return;
   }
-  const int64_t left = n % kCount;
   for (int64_t j = 0; j + kCount <= n; j += kCount) body(j, load_lanes(x + j), load_lanes(y + j), std::integral_constant<int, 0>{});
-  if (left) body(n - kCount, load_lanes(x + n - kCount), load_lanes(y + n - kCount), static_cast<int>(kCount - left));
+  if (left)
+    body(n - kCount, load_lanes(n < kCount ? row : x + n - kCount), load_lanes(n < kCount ? ref_row : y + n - kCount),
+         static_cast<int>(kCount - left));
 }
 
 template <class A>
@@ -268,10 +268,10 @@ CPU_CLONES KlSums<A, double> kl_sums(const T* x, const U* y, int64_t vocab, A sl
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
     auto rises = [&](A top, A over) ALWAYS_INLINE { return !((top - over) * slope <= static_cast<A>(kHeadroom)); };
     KlTops<A> above = total.tops;
-    if (start > 0) block = kl_block(x + start, y + start, n, slope, above);
-    if (start == 0 || rises(block.tops.max, above.max) || rises(block.tops.ref_max, above.ref_max)) {
-      above = larger(above, block_tops(x + start, y + start, n));
+    for (bool again = start == 0;; again = true) {  // kl_block stands in the code once: it is long
+      if (again) above = larger(above, block_tops(x + start, y + start, n));
       block = kl_block(x + start, y + start, n, slope, above);
+      if (again || !(rises(block.tops.max, above.max) || rises(block.tops.ref_max, above.ref_max))) break;
     }
     total.move(above, slope);
     total.sum += block.sum;
@@ -500,10 +500,10 @@ inline std::tuple<Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits
       launch(logits, kernel, blocks, threads, in<T>(call.logits), in<U>(call.ref_logits), call.rows, call.ref_rows, call.options,
              out<A>(o.kl), reinterpret_cast<KlStats<A>*>(out<A>(o.stats)));
     };
-    if (call.rows.vocab <= kWarpRowVocab)
-      start(kl_divergence_kernel<kWarp, T, U>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
-    else
-      start(kl_divergence_kernel<kRowThreads, T, U>, call.rows.rows, kRowThreads);
+    if constexpr (kByWarps<false, T> && std::is_same_v<T, U>)
+      if (call.rows.vocab <= kWarpRowVocab)
+        return start(kl_divergence_kernel<kWarp, T, U>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
+    start(kl_divergence_kernel<kRowThreads, T, U>, call.rows.rows, kRowThreads);
   });
   return {o.kl, o.stats};
 }
@@ -522,13 +522,11 @@ inline Tensor kl_divergence_backward(Tensor grad, Tensor logits, Tensor ref_logi
              b.target_rows, call.options, in<A>(b.grad), reinterpret_cast<const KlStats<A>*>(in<A>(stats)), pieces, piece_units);
     };
     const int units = static_cast<int>(ceil_div(call.rows.vocab, kUnit<T, U>));
-    if (call.rows.vocab <= kWarpRowVocab) {
-      start(kl_divergence_backward_kernel<kWarp, T, U>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock, 1, units);
-    } else {
-      const int pieces = static_cast<int>(ceil_div(units, kPiecePacks));
-      const int even = static_cast<int>(ceil_div(ceil_div(units, pieces), kRowThreads)) * kRowThreads;
-      start(kl_divergence_backward_kernel<kRowThreads, T, U>, call.rows.rows * pieces, kRowThreads, pieces, even);
-    }
+    if constexpr (kByWarps<false, T> && std::is_same_v<T, U>)
+      if (call.rows.vocab <= kWarpRowVocab)
+        return start(kl_divergence_backward_kernel<kWarp, T, U>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock, 1, units);
+    const RowPieces pieces(units);
+    start(kl_divergence_backward_kernel<kRowThreads, T, U>, call.rows.rows * pieces.count, kRowThreads, pieces.count, pieces.packs);
   });
   return b.target;
 }

@@ -30,7 +30,10 @@ struct LogitRows {
   int64_t outer_stride = 0, inner_stride = 0;
   int64_t start = 0, whole = 0;  // of a slice of the vocabulary: the id of its first logit, the size of the whole or -1: not known
   HOST_DEVICE bool knows(int64_t label) const { return whole < 0 || (label >= 0 && label < whole); }
-  HOST_DEVICE int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
+  HOST_DEVICE int64_t offset(int64_t row) const {
+    const int64_t outer = quotient_of_rows(row, inner);
+    return outer * outer_stride + (row - outer * inner) * inner_stride;
+  }
 };
 
 inline LogitRows logit_rows(const Tensor& logits) {
@@ -38,6 +41,7 @@ inline LogitRows logit_rows(const Tensor& logits) {
   LogitRows rows;
   rows.vocab = rows.whole = logits.size(batch_dims);
   for (int64_t d = 0; d < batch_dims; ++d) rows.rows *= logits.size(d);
+  check_row_count(rows.rows);
   if (batch_dims >= 1) {
     rows.inner = logits.size(batch_dims - 1) > 0 ? logits.size(batch_dims - 1) : 1;
     rows.inner_stride = logits.stride(batch_dims - 1);
@@ -180,6 +184,14 @@ HOST_DEVICE void write_row(const T* x, const RowStats<A>& stats, const LogitMap<
   const bool valid = !ignored && weight != 0 && label >= 0 && label < vocab;
   const A value = valid ? capped<kCapped>(static_cast<A>(x[label]), map) : std::numeric_limits<A>::quiet_NaN();
   write_row(static_cast<double>(value), stats, kCapped ? 1.0 : static_cast<double>(map.slope), weight, ignored, logprob, entropy);
+}
+
+// f(is_capped, has_entropy), as constants. What the entropy needs of capped logits is made in any case: next to a tanh it costs little.
+template <class F>
+void for_form(bool capped, bool entropy, F&& f) {
+  if (capped) f(std::true_type{}, std::true_type{});
+  else if (entropy) f(std::false_type{}, std::true_type{});
+  else f(std::false_type{}, std::false_type{});
 }
 
 struct RowStatistics {  // of the slices of a row so far, [rows, 4]
@@ -379,17 +391,12 @@ constexpr int64_t kBlock = 2048;  // logits between two looks at the running max
 template <class T, class Body>
 HOST_DEVICE void for_lanes(const T* x, int64_t n, Body&& body) {
   using L = LogitLanes<T>;
-  constexpr auto kNothingSeen = std::integral_constant<int, 0>{};
-  if (n < L::kCount) {
-    alignas(64) T row[L::kCount] = {};
-    memcpy(static_cast<void*>(row + (L::kCount - n)), x, sizeof(T) * n);
-    body(n - L::kCount, L::load(row), static_cast<int>(L::kCount - n));
-    return;
-  }
   const int64_t left = n % L::kCount;
-  const L last = L::load(x + n - L::kCount);
-  for (int64_t j = 0; j + L::kCount <= n; j += L::kCount) body(j, L::load(x + j), kNothingSeen);
-  if (left) body(n - L::kCount, last, static_cast<int>(L::kCount - left));
+  alignas(64) T row[L::kCount] = {};
+  if (n < L::kCount) memcpy(static_cast<void*>(row + (L::kCount - n)), x, sizeof(T) * n);
+  const L last = L::load(n < L::kCount ? row : x + n - L::kCount);
+  for (int64_t j = 0; j + L::kCount <= n; j += L::kCount) body(j, L::load(x + j), std::integral_constant<int, 0>{});
+  if (left) body(n - L::kCount, last, static_cast<int>(L::kCount - left));  // once for both: the body is long
 }
 
 // `value` in the lanes of one part whose logits are new, `otherwise` in those already seen.
@@ -560,8 +567,7 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
                            entropy_out ? entropy_out + row : nullptr);
       });
     };
-    if (softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
-    else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+    for_form(call.options.softcap != 0, with_entropy, run);
   });
   return {o.logprobs, o.entropy, o.stats};
 }
@@ -589,8 +595,7 @@ inline void slice_statistics(const char* op, const LogprobCall& call, bool with_
         rows_out[row] = total;
       });
     };
-    if (call.options.softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
-    else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+    for_form(call.options.softcap != 0, with_entropy, run);
   });
 }
 
@@ -628,8 +633,7 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
       });
     };
     const bool has_entropy = up.entropy.has_value();
-    if (call.options.softcap != 0) has_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
-    else has_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+    for_form(call.options.softcap != 0, has_entropy, run);
   });
   return target;
 }
@@ -717,12 +721,23 @@ HOST_DEVICE void merge(RowTotals& into, const RowTotals& other) {
 
 constexpr int kRowsPerBlock = 4;       // of the one-warp-a-row form
 constexpr int kRowThreads = 256;
-// Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; for double 128, 96 in the one-warp form.
+// A warp a row is for the small vocabularies that are met: not for float64, which is for checks, nor for a soft cap, which only
+// models of a large one have. Their rows of any length go to blocks.
+template <bool kCapped, class T> constexpr bool kByWarps = !kCapped && sizeof(T) != 8;
+// Blocks a multiprocessor holds at least: 64 registers a thread; 80 with a cap and in the one-warp form; for double 128.
 template <int kThreads, bool kCapped, class T>
-constexpr int kBlocks = sizeof(T) == 8 ? (kThreads == kWarp ? 5 : 2) : kThreads == kWarp ? 6 : kCapped ? 3 : 4;
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : kThreads == kWarp ? 6 : kCapped ? 3 : 4;
 template <bool kCapped, class T>
 constexpr int kInFlight = sizeof(T) == 8 || kCapped ? 2 : 4;  // packs a thread
-constexpr int kPiecePacks = 16 * kRowThreads;  // of the backward, at most: enough work to pay for a block's start
+
+// A row of so many packs cut into even pieces, one a block: whole turns of its threads, enough of them to pay for its start.
+struct RowPieces {
+  static constexpr int64_t kMost = 16 * kRowThreads;
+  int count, packs;
+  explicit RowPieces(int64_t of_row)
+      : count(of_row > kMost ? static_cast<int>(ceil_div(of_row, kMost)) : 1),
+        packs(static_cast<int>(ceil_div(ceil_div(of_row, count), kRowThreads)) * kRowThreads) {}
+};
 
 // The sums of what a reader reads, by a warp (kThreads == 32) or a whole block; to thread 0 of it. keep(pack, granule): each pack,
 // to the thread that has read it.
@@ -778,8 +793,8 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   write_row<kCapped>(x, row_stats, map, label, rows.vocab, weight, ignored, logprobs + row, entropy ? entropy + row : nullptr);
 }
 
-// A slice of a row joins its statistics, or makes them.
-template <int kThreads, bool kCapped, bool kEntropy, class T>
+// A slice of a row joins its statistics, or makes them; with what the entropy needs in any case, next to a matrix product.
+template <int kThreads, bool kCapped, class T>
 __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kThreads, kBlocks<kThreads, kCapped, T>)
     slice_statistics_kernel(const T* logits, const void* labels, bool long_labels, LogitRows rows, LogprobOptions options, bool fresh,
                             RowStatistics* statistics) {  // [rows]
@@ -791,7 +806,7 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   const LogitMap<A> map = options.map<A>(row);
   const T* x = logits + rows.offset(row);
   SoftmaxSums sums = kNothingSummed;
-  if (asked) sums = read_row<kThreads, kCapped, kEntropy>(x, rows.vocab, map);
+  if (asked) sums = read_row<kThreads, kCapped, true>(x, rows.vocab, map);
   if (threadIdx.x % kThreads != 0 || !(asked || fresh)) return;
   RowStatistics total = fresh ? no_statistics() : statistics[row];
   if (asked) {
@@ -900,34 +915,31 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_logprobs(Tensor logits, Tensor 
         launch(logits, kernel, blocks, threads, in<T>(call.logits), call.labels.const_data_ptr(), call.long_labels, call.rows,
                call.options, out<A>(o.logprobs), entropy_out, stats_out);
       };
-      if (call.rows.vocab <= kWarpRowVocab)
-        start(gather_logprobs_kernel<kWarp, kCapped, kEntropy, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
-      else
-        start(gather_logprobs_kernel<kRowThreads, kCapped, kEntropy, T>, call.rows.rows, kRowThreads);
+      if constexpr (kByWarps<kCapped, T>)
+        if (call.rows.vocab <= kWarpRowVocab)
+          return start(gather_logprobs_kernel<kWarp, kCapped, kEntropy, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
+      start(gather_logprobs_kernel<kRowThreads, kCapped, kEntropy, T>, call.rows.rows, kRowThreads);
     };
-    if (softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
-    else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+    for_form(call.options.softcap != 0, with_entropy, run);
   });
   return {o.logprobs, o.entropy, o.stats};
 }
 
-inline void slice_statistics(const char* op, const LogprobCall& call, bool with_entropy, bool fresh, const Tensor& statistics) {
+inline void slice_statistics(const char* op, const LogprobCall& call, bool /*with_entropy*/, bool fresh, const Tensor& statistics) {
   for_logits(call.logits.scalar_type(), op, "logits", [&](auto zero) {
     using T = decltype(zero);
-    auto run = [&](auto is_capped, auto has_entropy) {
+    auto run = [&](auto is_capped) {
       constexpr bool kCapped = decltype(is_capped)::value;
-      constexpr bool kEntropy = decltype(has_entropy)::value;
       auto start = [&](auto kernel, int64_t blocks, int threads) {
         launch(call.logits, kernel, blocks, threads, in<T>(call.logits), call.labels.const_data_ptr(), call.long_labels, call.rows,
                call.options, fresh, reinterpret_cast<RowStatistics*>(out<double>(statistics)));
       };
-      if (call.rows.vocab <= kWarpRowVocab)
-        start(slice_statistics_kernel<kWarp, kCapped, kEntropy, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
-      else
-        start(slice_statistics_kernel<kRowThreads, kCapped, kEntropy, T>, call.rows.rows, kRowThreads);
+      if constexpr (kByWarps<kCapped, T>)
+        if (call.rows.vocab <= kWarpRowVocab)
+          return start(slice_statistics_kernel<kWarp, kCapped, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
+      start(slice_statistics_kernel<kRowThreads, kCapped, T>, call.rows.rows, kRowThreads);
     };
-    if (call.options.softcap != 0) with_entropy ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
-    else with_entropy ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
+    call.options.softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 
@@ -949,13 +961,11 @@ inline Tensor gather_logprobs_backward_into(bool inplace, const OptionalTensor& 
     auto run = [&](auto is_capped) {
       constexpr bool kCapped = decltype(is_capped)::value;
       const int packs = static_cast<int>(ceil_div(call.rows.vocab, kPack<T>));
-      if (call.rows.vocab <= kWarpRowVocab) {
-        start(gather_logprobs_backward_kernel<kWarp, kCapped, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock, 1, packs);
-      } else {
-        const int pieces = static_cast<int>(ceil_div(packs, kPiecePacks));
-        const int even = static_cast<int>(ceil_div(ceil_div(packs, pieces), kRowThreads)) * kRowThreads;
-        start(gather_logprobs_backward_kernel<kRowThreads, kCapped, T>, call.rows.rows * pieces, kRowThreads, pieces, even);
-      }
+      if constexpr (kByWarps<kCapped, T>)
+        if (call.rows.vocab <= kWarpRowVocab)
+          return start(gather_logprobs_backward_kernel<kWarp, kCapped, T>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock, 1, packs);
+      const RowPieces pieces(packs);
+      start(gather_logprobs_backward_kernel<kRowThreads, kCapped, T>, call.rows.rows * pieces.count, kRowThreads, pieces.count, pieces.packs);
     };
     call.options.softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
   });

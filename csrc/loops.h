@@ -76,7 +76,7 @@ struct Rows {
   HOST_DEVICE int64_t first_piece(int64_t row) const { return offsets ? begin(row) / kChunk + row : row * chunks_of(length); }
 
   HOST_DEVICE Piece piece(int64_t at) const {
-    int64_t row = at / chunks_of(length);
+    int64_t row = quotient_of_rows(at, chunks_of(length));
     if (offsets) {  // the last row that starts no later
       row = 0;
       for (int64_t last = rows - 1; row < last;) {
@@ -186,6 +186,9 @@ CPU_CLONES inline void weights_of(const Mask& mask, int64_t first, int64_t n, do
 template <class R, class = void> constexpr bool is_simd = false;
 template <class R> constexpr bool is_simd<R, std::void_t<decltype(R::kSimd)>> = R::kSimd;
 
+// Tokens j on of a piece of n. Its last ones go through the same code as the others: a copy of it for them would be as long.
+HOST_DEVICE Run run_at(int64_t begin, int64_t j, int64_t n) { return {begin + j, n - j < kTokens ? static_cast<int>(n - j) : kTokens}; }
+
 template <class F>
 CPU_CLONES void for_range(const F& shared, const Mask& mask, const Piece& piece) {
   const auto& f = in_row(shared, piece.row, 0);
@@ -194,12 +197,7 @@ CPU_CLONES void for_range(const F& shared, const Mask& mask, const Piece& piece)
     double weights[kChunk + kTokens];
     weights_of(mask, piece.begin, n, weights);
     for (int l = 0; l < kTokens; ++l) weights[n + l] = 0;
-    auto at = [&](int64_t j, int count) ALWAYS_INLINE {
-      f(piece.row, Run{piece.begin + j, count}, load_at(weights + j, Run{0, kTokens}));
-    };
-    int64_t j = 0;
-    for (; j + kTokens <= n; j += kTokens) at(j, kTokens);
-    if (j < n) at(j, static_cast<int>(n - j));
+    for (int64_t j = 0; j < n; j += kTokens) f(piece.row, run_at(piece.begin, j, n), load_at(weights + j, Run{0, kTokens}));
   } else if (mask.kind == Mask::kNone) {
 #pragma omp simd
     for (int64_t i = piece.begin; i < piece.end; ++i) f(piece.row, i, 1.0);
@@ -249,9 +247,7 @@ CPU_CLONES void reduce_range(const R& shared, const Mask& mask, const Piece& pie
   for (int l = 0; l < kTokens; ++l) weights[n + l] = 0;
   Lanes<double> lanes[R::kTerms];
   for_constants<R::kTerms>([&](auto k) ALWAYS_INLINE { lanes[k] = all<Lanes<double>>(fold_start(R::fold(k))); });
-  int64_t j = 0;
-  for (; j + kTokens <= n; j += kTokens) lane_terms(r, piece.row, Run{piece.begin + j, kTokens}, weights + j, lanes);
-  if (j < n) lane_terms(r, piece.row, Run{piece.begin + j, static_cast<int>(n - j)}, weights + j, lanes);
+  for (int64_t j = 0; j < n; j += kTokens) lane_terms(r, piece.row, run_at(piece.begin, j, n), weights + j, lanes);
   for (int k = 0; k < R::kTerms; ++k) {
     double total = lanes[k][0];
     for (int l = 1; l < kTokens; ++l) total = fold_in(R::fold(k), total, lanes[k][l]);
@@ -284,6 +280,7 @@ template <class F>
 __global__ void __launch_bounds__(kLoopThreads) for_each_kernel(F shared, Mask mask, Rows rows) {
   const Piece piece = rows.piece(blockIdx.x);
   const auto& f = in_row(shared, piece.row, 0);
+  ROLL
   for (int64_t i = piece.begin + threadIdx.x; i < piece.end; i += kLoopThreads) f(piece.row, i, mask[i]);
 }
 
@@ -297,6 +294,7 @@ __global__ void __launch_bounds__(kLoopThreads, 2) reduce_rows_kernel(R shared, 
   const Piece piece = rows.piece(blockIdx.x);
   const auto& r = in_row(shared, piece.row, 0);
   Terms<R> mine = Terms<R>::start();
+  ROLL
   for (int64_t i = piece.begin + threadIdx.x; i < piece.end; i += kLoopThreads) {
     Terms<R> next;
     r.terms(piece.row, i, mask[i], next.at);

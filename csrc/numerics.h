@@ -649,18 +649,26 @@ __device__ State shuffle_down(const State& state, int delta) {
 // The merged state is returned to thread 0 of each warp (kThreads == 32) or of the block.
 template <int kThreads, class State>
 __device__ State block_merge(State state) {
-  UNROLL
-  for (int delta = kWarp / 2; delta > 0; delta /= 2) {
+  const auto fold = [&](int delta) {
     const State other = shuffle_down(state, delta);
     merge(state, other);
+  };
+  if constexpr (sizeof(State) > 4 * sizeof(double)) {  // some hundred instructions a turn
+    ROLL
+    for (int delta = kWarp / 2; delta > 0; delta /= 2) fold(delta);
+  } else {
+    UNROLL
+    for (int delta = kWarp / 2; delta > 0; delta /= 2) fold(delta);
   }
   if constexpr (kThreads > kWarp) {
     __shared__ State warps[kThreads / kWarp];
     __syncthreads();  // a block may come here twice: nobody may still be reading the last round
     if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = state;
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
+      ROLL
       for (int w = 1; w < kThreads / kWarp; ++w) merge(state, warps[w]);
+    }
   }
   return state;
 }

@@ -1,11 +1,12 @@
 // How a CUDA kernel that needs a row of logits twice, to reduce it and to write its gradient, has it the second time: one host
 // function of the vocabulary, the element's size and the GPU, which the launcher asks and rlhf_fast._C shows.
 //
-//   warp      up to 2048 logits: a warp a row, the second read out of L1
+//   warp      up to 2048 logits without a soft cap: a warp a row, the second read out of L1
 //   block     a block holds the row in its shared memory
 //   cluster   2, 4 or 8 blocks hold a slice each and tell one another their sums (distributed shared memory: compute capability
 //             9.0 and the tens and elevens; sm_120 has clusters of one block alone)
-//   stream    the row is not held but read again, in hope of L2: one block to a multiprocessor, so that few rows are under way
+//   stream    the row is not held but read again, in hope of L2: one block to a multiprocessor, so that few rows are under way;
+//             all rows of float64, which is for checks
 //
 // The order of a row's sums follows from V, the element's size and the plan, and so from the GPU, but never from the batch.
 //
@@ -34,6 +35,7 @@ struct OnChipPlan {
 
 constexpr int64_t kWarpRowVocab = 2048;   // rows up to here are read by one warp
 constexpr int64_t kBlockOverhead = 768;   // bytes of shared memory beside the slice: its sums, and what reductions exchange
+constexpr int64_t kByRegisters = 3;       // blocks that hold slices fit a multiprocessor
 constexpr int64_t kSystemOverhead = 1024;  // that every block pays to the system
 
 struct SharedMemory {
@@ -52,16 +54,16 @@ inline bool has_clusters(int capability) { return capability >= 90 && capability
 
 // `wanted`: -1 for the best; 0 for stream, 1, 2, 4 or 8 for so many blocks, where the GPU can.
 inline OnChipPlan on_chip_plan(int64_t vocab, int64_t element_bytes, int capability, int64_t wanted = -1) {
+  if (element_bytes == 8) return {OnChipPlan::kStream, 1, 512, 0, 1};
   if (wanted < 0 && vocab <= kWarpRowVocab) return {OnChipPlan::kWarp, 1, 32, 0, 0};
   const SharedMemory shared = shared_memory(capability);
   const int64_t packs = (vocab * element_bytes + 15) / 16;
-  const int by_registers = element_bytes == 8 ? 2 : 3;
-  OnChipPlan best{OnChipPlan::kStream, 1, element_bytes == 8 ? 512 : 768, 0, 1};
+  OnChipPlan best{OnChipPlan::kStream, 1, 768, 0, 1};
   for (int blocks = 1; blocks <= 8 && (blocks == 1 || has_clusters(capability)); blocks *= 2) {
     const int64_t row_bytes = (packs + blocks - 1) / blocks * 16, bytes = row_bytes + kBlockOverhead;
     if (bytes > shared.block) continue;
     const int64_t by_memory = shared.multiprocessor / (bytes + kSystemOverhead);
-    const int resident = static_cast<int>(by_memory < by_registers ? by_memory : by_registers);
+    const int resident = static_cast<int>(by_memory < kByRegisters ? by_memory : kByRegisters);
     const bool better = wanted >= 0 ? wanted == blocks : best.resident < 3 && resident > best.resident;
     if (better) best = {blocks == 1 ? OnChipPlan::kBlock : OnChipPlan::kCluster, blocks, 256, row_bytes, resident};
   }

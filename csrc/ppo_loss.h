@@ -62,35 +62,38 @@ HOST_DEVICE double beyond_rounding(double variance, double mean_square) {
 // Every loss reduction starts with these two terms.
 constexpr int kWeight = 0, kLoss = 1;
 
-// How many of R's last terms are aggregated like the loss; they stand behind its statistics.
-template <class R, class = void> constexpr int kAlsoAggregated = 0;
-template <class R> constexpr int kAlsoAggregated<R, std::void_t<decltype(R::kAggregated)>> = R::kAggregated;
+// What a reduction R leaves of a row is an R::Summary: R's terms and how they fold, and the statistics that they become. It knows
+// neither where the terms came from nor the loss's dtype, so that all losses of a form share the code that finishes them.
 
-template <class R>
+// How many of S's last terms are aggregated like the loss; they stand behind its statistics.
+template <class S, class = void> constexpr int kAlsoAggregated = 0;
+template <class S> constexpr int kAlsoAggregated<S, std::void_t<decltype(S::kAggregated)>> = S::kAggregated;
+
+template <class S>
 struct LossTotals {
-  static constexpr int kSums = 1 + kAlsoAggregated<R>;
-  Terms<R> terms;
+  static constexpr int kSums = 1 + kAlsoAggregated<S>;
+  Terms<S> terms;
   double sequences, longest;
   double sums[kSums];  // the loss, and what is aggregated like it
 };
-template <class R>
-HOST_DEVICE void merge(LossTotals<R>& into, const LossTotals<R>& other) {
+template <class S>
+HOST_DEVICE void merge(LossTotals<S>& into, const LossTotals<S>& other) {
   merge(into.terms, other.terms);
   into.sequences += other.sequences;
   into.longest = fold_in(Fold::kMax, into.longest, other.longest);
-  for (int k = 0; k < LossTotals<R>::kSums; ++k) into.sums[k] += other.sums[k];
+  for (int k = 0; k < LossTotals<S>::kSums; ++k) into.sums[k] += other.sums[k];
 }
 
-// A sum over the rows of squares around a mean, which the totals give: R::spread(a row's terms, the totals).
+// A sum over the rows of squares around a mean, which the totals give: S::spread(a row's terms, the totals).
 struct Spread {
   double sum;
 };
 HOST_DEVICE void merge(Spread& into, const Spread& other) { into.sum += other.sum; }
 
-template <class R, class A>
+template <class S>
 struct LossFinish {
   const double* partial;  // [pieces, K]
-  A *loss, *stats;        // [], [R::kStats + kAlsoAggregated<R>]
+  Reals loss, stats;      // [], [S::kStats + kAlsoAggregated<S>]
   double* row_weight;     // [rows]: d loss / d (sum_t w l) of the row
   Rows rows;
   int aggregate;
@@ -98,34 +101,36 @@ struct LossFinish {
 
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
-    constexpr int kSums = LossTotals<R>::kSums;
-    LossTotals<R> mine{Terms<R>::start(), 0.0, 0.0, {}};
+    constexpr int kSums = LossTotals<S>::kSums;
+    LossTotals<S> mine{Terms<S>::start(), 0.0, 0.0, {}};
     for (int64_t row = team.rank; row < rows.rows; row += team.size) {
-      const Terms<R> t = row_terms<R>(partial, rows, row);
+      const Terms<S> t = row_terms<S>(partial, rows, row);
       const bool empty = t.at[kWeight] == 0;
-      LossTotals<R> next{t, empty ? 0.0 : 1.0, static_cast<double>(rows.end(row) - rows.begin(row)), {}};
+      LossTotals<S> next{t, empty ? 0.0 : 1.0, static_cast<double>(rows.end(row) - rows.begin(row)), {}};
       for (int k = 0; k < kSums; ++k) {
-        const double sum = t.at[k == 0 ? kLoss : R::kTerms - kSums + k];
+        const double sum = t.at[k == 0 ? kLoss : S::kTerms - kSums + k];
         next.sums[k] = aggregate == kSeqMeanTokenMean && !empty ? sum / t.at[kWeight] : sum;
       }
       merge(mine, next);
     }
-    const LossTotals<R> total = team.merge_all(mine);
+    const LossTotals<S> total = team.merge_all(mine);
     const double otherwise = aggregate == kTokenMean ? total.terms.at[kWeight] : aggregate == kTokenSum ? 1.0 : total.sequences;
     const double divisor = normalizer.get(otherwise) * (aggregate == kSeqMeanTokenSumNorm ? total.longest : 1.0);
     const double scale = divisor != 0 ? 1.0 / divisor : 0.0;  // no token, no loss
     Spread spread{0.0};
     for (int64_t row = team.rank; row < rows.rows; row += team.size) {
-      const Terms<R> t = row_terms<R>(partial, rows, row);
+      const Terms<S> t = row_terms<S>(partial, rows, row);
       const double weight = t.at[kWeight];
       row_weight[row] = weight == 0 ? 0.0 : aggregate == kSeqMeanTokenMean ? scale / weight : scale;
-      if (weight != 0) merge(spread, Spread{R::spread(t, total.terms)});
+      if (weight != 0) merge(spread, Spread{S::spread(t, total.terms)});
     }
     spread = team.merge_all(spread);
     if (team.rank == 0) {
-      *loss = static_cast<A>(divisor != 0 ? total.sums[0] / divisor : 0.0);
-      R::write_stats(total.terms, spread.sum, stats);
-      for (int k = 1; k < kSums; ++k) stats[R::kStats + k - 1] = static_cast<A>(divisor != 0 ? total.sums[k] / divisor : 0.0);
+      for (int k = 0; k < kSums; ++k) {
+        const double mean = divisor != 0 ? total.sums[k] / divisor : 0.0;
+        k == 0 ? loss.put(0, mean) : stats.put(S::kStats + k - 1, mean);
+      }
+      S::write_stats(total.terms, spread.sum, stats);
     }
   }
 };
@@ -135,15 +140,16 @@ struct LossOutputs {
 };
 
 // The forward pass of a loss: R's per-token terms, aggregated.
-template <class R, class A>
+template <class R>
 LossOutputs aggregate_loss(const char* op, const Tensor& like, const Rows& rows, const Mask& mask, const R& r, int64_t aggregate,
                            const OptionalTensor& normalizer, double normalizer_value) {
   CHECK_VALUE(aggregate >= kTokenMean && aggregate <= kSeqMeanTokenSumNorm, op, ": unknown `aggregate` code ", aggregate);
-  LossOutputs o{empty(like, {}), empty(like, {R::kStats + kAlsoAggregated<R>}), empty(like, {rows.rows}, ScalarType::Double)};
+  using S = typename R::Summary;
+  LossOutputs o{empty(like, {}), empty(like, {S::kStats + kAlsoAggregated<S>}), empty(like, {rows.rows}, ScalarType::Double)};
   const Tensor partial = partial_terms(like, rows, R::kTerms);
   reduce_rows(like, rows, mask, r, out<double>(partial));
-  run_team(like, LossFinish<R, A>{in<double>(partial), out<A>(o.loss), out<A>(o.stats), out<double>(o.row_weight), rows,
-                                  static_cast<int>(aggregate), normalizer_view(op, normalizer, normalizer_value, like)});
+  run_team(like, LossFinish<S>{in<double>(partial), reals(o.loss), reals(o.stats), out<double>(o.row_weight), rows,
+                               static_cast<int>(aggregate), normalizer_view(op, normalizer, normalizer_value, like)});
   return o;
 }
 
@@ -189,6 +195,7 @@ enum PolicyForm : int { kPpo = 0, kCispo = 1 };
 
 struct PolicyOptions {
   double clip_low, clip_high, dual_clip, log_ratio_clip;  // infinity for no dual clip, no log-ratio clip
+  bool cispo;
 };
 
 template <class V>
@@ -232,6 +239,11 @@ HOST_DEVICE PolicyToken<V> cispo_step(const PolicyRatio<V>& r, V logprob, V adva
   return {-advantage * r.bounded * logprob, r.bounded != r.ratio ? one : zero, zero, -advantage * r.bounded, -r.bounded * logprob};
 }
 
+template <class V>
+HOST_DEVICE PolicyToken<V> policy_step(const PolicyRatio<V>& r, V logprob, V advantage, const PolicyOptions& o) {
+  return o.cispo ? cispo_step(r, logprob, advantage) : ppo_step(r, advantage, o);
+}
+
 // The mean of logprob - old_logprob of a row, from the partial sums of the launch before.
 template <class A>
 struct LogRatioSum {  // -> sum w, sum w (logprob - old_logprob)
@@ -246,10 +258,11 @@ struct LogRatioSum {  // -> sum w, sum w (logprob - old_logprob)
   }
 };
 
-template <class A, int kForm, bool kSequence, bool kRowAdvantage>
+template <class A, bool kSequence>
 struct PolicyInputs {
   const A *logprobs, *old_logprobs;  // a value a token
   const A* advantages;               // a value a token, or a row
+  bool advantage_a_row;
   PolicyOptions options;
   const double* partial;  // at sequence level: LogRatioSum's, by the pieces of `rows`
   Rows rows;
@@ -262,7 +275,7 @@ struct PolicyInputs {
       const Terms<LogRatioSum<A>> sums = row_terms<LogRatioSum<A>>(partial, rows, row);
       p.row_ratio = policy_ratio<A>(sums.at[0] != 0 ? sums.at[1] / sums.at[0] : 0.0, options);
     }
-    if constexpr (kRowAdvantage) p.row_advantage = advantages[row];
+    if (advantage_a_row) p.row_advantage = advantages[row];
     return p;
   }
   // What stands off the mask counts as 0 throughout, so that its terms are 0 once weighted.
@@ -274,22 +287,51 @@ struct PolicyInputs {
   template <class V, class At>
   HOST_DEVICE PolicyToken<V> step(const PolicyRatio<V>& r, At i, V weight) const {
     V advantage = all<V>(row_advantage);
-    if constexpr (!kRowAdvantage) advantage = load_at(advantages, i);
+    if (!advantage_a_row) advantage = load_at(advantages, i);
     advantage = weight != 0 ? advantage : all<V>(0.0);
-    if constexpr (kForm == kCispo) return cispo_step(r, weight != 0 ? load_at(logprobs, i) : all<V>(0.0), advantage);
-    else return ppo_step(r, advantage, options);
+    return policy_step(r, options.cispo && weight != 0 ? load_at(logprobs, i) : all<V>(0.0), advantage, options);
   }
 };
 
-template <class A, int kForm, bool kSequence, bool kRowAdvantage>
-struct PolicyTerms {
+template <bool kSequence>
+struct PolicySummary {
   enum { kClipped = 2, kDualClipped, kHalfSquare, kNegLogRatio, kRatio, kRatioSquare, kRatioMin, kRatioMax, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 9;
-  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int k) { return k == kRatioMin ? Fold::kMin : k == kRatioMax ? Fold::kMax : Fold::kSum; }
 
-  PolicyInputs<A, kForm, kSequence, kRowAdvantage> inputs;
+  // sum_t w (r - mean)^2: from squares around 1, where the ratios of tokens live; a sequence has one ratio.
+  HOST_DEVICE static double spread(const Terms<PolicySummary>& row, const Terms<PolicySummary>& total) {
+    const double n = row.at[kWeight], mean = total.at[kRatio] / total.at[kWeight], off_one = mean - 1.0;
+    if constexpr (kSequence) return n * (row.at[kRatioMin] - mean) * (row.at[kRatioMin] - mean);
+    else return row.at[kRatioSquare] - 2.0 * off_one * (row.at[kRatio] - n) + n * off_one * off_one;
+  }
+
+  // The order is ops/ppo_loss.py's POLICY_STATS.
+  HOST_DEVICE static void write_stats(const Terms<PolicySummary>& total, double spread, const Reals& stats) {
+    const double n = total.at[kWeight];
+    const bool any = n != 0;
+    const double mean = any ? total.at[kRatio] / n : 0.0, variance = any ? spread / n : 0.0;
+    stats.put(0, any ? total.at[kClipped] / n : 0.0);
+    stats.put(1, any ? total.at[kDualClipped] / n : 0.0);
+    stats.put(2, any ? total.at[kHalfSquare] / n : 0.0);
+    stats.put(3, any ? total.at[kNegLogRatio] / n : 0.0);
+    stats.put(4, mean);
+    stats.put(5, any ? total.at[kRatioMin] : 0.0);
+    stats.put(6, any ? total.at[kRatioMax] : 0.0);
+    stats.put(7, beyond_rounding(variance, variance + mean * mean));
+    stats.put(8, n);
+  }
+};
+
+template <class A, bool kSequence>
+struct PolicyTerms {
+  using Summary = PolicySummary<kSequence>;
+  static constexpr int kTerms = Summary::kTerms;
+  static constexpr bool kSimd = true;
+  HOST_DEVICE static constexpr Fold fold(int k) { return Summary::fold(k); }
+
+  PolicyInputs<A, kSequence> inputs;
   A* slope;  // a value a token
 
   HOST_DEVICE PolicyTerms of_row(int64_t row) const { return {inputs.of_row(row), slope}; }
@@ -301,46 +343,22 @@ struct PolicyTerms {
     const V infinity = all<V>(std::numeric_limits<double>::infinity());
     t[kWeight] = weight;
     t[kLoss] = weight * token.loss;
-    t[kClipped] = weight * token.clipped;
-    t[kDualClipped] = weight * token.dual_clipped;
-    t[kHalfSquare] = weight * 0.5 * r.log * r.log;
-    t[kNegLogRatio] = -weight * r.log;
-    t[kRatio] = weight * r.ratio;
-    t[kRatioSquare] = weight * (r.ratio - 1.0) * (r.ratio - 1.0);
-    t[kRatioMin] = weight != 0 ? r.ratio : infinity;
-    t[kRatioMax] = weight != 0 ? r.ratio : -infinity;
+    t[Summary::kClipped] = weight * token.clipped;
+    t[Summary::kDualClipped] = weight * token.dual_clipped;
+    t[Summary::kHalfSquare] = weight * 0.5 * r.log * r.log;
+    t[Summary::kNegLogRatio] = -weight * r.log;
+    t[Summary::kRatio] = weight * r.ratio;
+    t[Summary::kRatioSquare] = weight * (r.ratio - 1.0) * (r.ratio - 1.0);
+    t[Summary::kRatioMin] = weight != 0 ? r.ratio : infinity;
+    t[Summary::kRatioMax] = weight != 0 ? r.ratio : -infinity;
     store_at(slope, i, weight != 0 ? weight * token.by_logprob : all<V>(0.0));
-  }
-
-  // sum_t w (r - mean)^2: from squares around 1, where the ratios of tokens live; a sequence has one ratio.
-  HOST_DEVICE static double spread(const Terms<PolicyTerms>& row, const Terms<PolicyTerms>& total) {
-    const double n = row.at[kWeight], mean = total.at[kRatio] / total.at[kWeight], off_one = mean - 1.0;
-    if constexpr (kSequence) return n * (row.at[kRatioMin] - mean) * (row.at[kRatioMin] - mean);
-    else return row.at[kRatioSquare] - 2.0 * off_one * (row.at[kRatio] - n) + n * off_one * off_one;
-  }
-
-  // The order is ops/ppo_loss.py's POLICY_STATS.
-  template <class Stat>
-  HOST_DEVICE static void write_stats(const Terms<PolicyTerms>& total, double spread, Stat* stats) {
-    const double n = total.at[kWeight];
-    const bool any = n != 0;
-    const double mean = any ? total.at[kRatio] / n : 0.0, variance = any ? spread / n : 0.0;
-    stats[0] = static_cast<Stat>(any ? total.at[kClipped] / n : 0.0);
-    stats[1] = static_cast<Stat>(any ? total.at[kDualClipped] / n : 0.0);
-    stats[2] = static_cast<Stat>(any ? total.at[kHalfSquare] / n : 0.0);
-    stats[3] = static_cast<Stat>(any ? total.at[kNegLogRatio] / n : 0.0);
-    stats[4] = static_cast<Stat>(mean);
-    stats[5] = static_cast<Stat>(any ? total.at[kRatioMin] : 0.0);
-    stats[6] = static_cast<Stat>(any ? total.at[kRatioMax] : 0.0);
-    stats[7] = static_cast<Stat>(beyond_rounding(variance, variance + mean * mean));
-    stats[8] = static_cast<Stat>(n);
   }
 };
 
 // The slopes by the advantages: of each token's own, or of one that the tokens of a row share.
-template <class A, int kForm, bool kSequence>
+template <class A, bool kSequence>
 struct AdvantageSlopes {
-  PolicyInputs<A, kForm, kSequence, false> inputs;
+  PolicyInputs<A, kSequence> inputs;
   A* slope;
   HOST_DEVICE AdvantageSlopes of_row(int64_t row) const { return {inputs.of_row(row), slope}; }
   HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
@@ -348,12 +366,12 @@ struct AdvantageSlopes {
   }
 };
 
-template <class A, int kForm, bool kSequence>
+template <class A, bool kSequence>
 struct AdvantageSum {
   static constexpr int kTerms = 1;
   static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
-  PolicyInputs<A, kForm, kSequence, true> inputs;
+  PolicyInputs<A, kSequence> inputs;
   HOST_DEVICE AdvantageSum of_row(int64_t row) const { return {inputs.of_row(row)}; }
   template <class V, class At>
   HOST_DEVICE void terms(int64_t, At i, V weight, V* t) const {
@@ -361,15 +379,19 @@ struct AdvantageSum {
   }
 };
 
-template <class R, class A>
+// The terms of a reduction that has one, and sums it.
+struct OneSum {
+  static constexpr int kTerms = 1;
+  HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
+};
+
 struct AdvantageSumFinish {
   const double* partial;
-  A* advantage_slope;  // [rows]
+  Reals advantage_slope;  // [rows]
   Rows rows;
   template <class Team>
   HOST_DEVICE void operator()(const Team& team) const {
-    for (int64_t row = team.rank; row < rows.rows; row += team.size)
-      advantage_slope[row] = static_cast<A>(row_terms<R>(partial, rows, row).at[0]);
+    for (int64_t row = team.rank; row < rows.rows; row += team.size) advantage_slope.put(row, row_terms<OneSum>(partial, rows, row).at[0]);
   }
 };
 
@@ -400,35 +422,26 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_policy_loss(
   Tensor slope = empty_tokens(logprobs, rows);
   Tensor advantage_slope = advantage_a_row && need_advantages ? empty(advantages, advantages.sizes()) : empty_slopes(logprobs, rows, need_advantages);
   LossOutputs o;
-  auto run = [&](auto zero, auto kind, auto sequence, auto row_advantage) {
+  auto run = [&](auto zero, auto sequence) {
     using A = decltype(zero);
-    constexpr int kForm = decltype(kind)::value;
-    constexpr bool kSequence = decltype(sequence)::value, kRowAdvantage = decltype(row_advantage)::value;
-    PolicyInputs<A, kForm, kSequence, kRowAdvantage> inputs{in<A>(logprobs), in<A>(old_logprobs), in<A>(advantages),
-                                                     {clip_low, clip_high, dual_clip, log_ratio_clip}, nullptr, rows, {}, 0.0};
+    constexpr bool kSequence = decltype(sequence)::value;
+    PolicyInputs<A, kSequence> inputs{in<A>(logprobs), in<A>(old_logprobs), in<A>(advantages), advantage_a_row,
+                                      {clip_low, clip_high, dual_clip, log_ratio_clip, form == kCispo}, nullptr, rows, {}, 0.0};
     OptionalTensor sums;
     if constexpr (kSequence) inputs.partial = in<double>(sums.emplace(log_ratio_sums<A>(logprobs, rows, weights, inputs)));
-    using R = PolicyTerms<A, kForm, kSequence, kRowAdvantage>;
-    o = aggregate_loss<R, A>(op, logprobs, rows, weights, R{inputs, out<A>(slope)}, aggregate, normalizer, normalizer_value);
+    const PolicyTerms<A, kSequence> terms{inputs, out<A>(slope)};
+    o = aggregate_loss(op, logprobs, rows, weights, terms, aggregate, normalizer, normalizer_value);
     if (!need_advantages) return;
-    if constexpr (kRowAdvantage) {
-      using Sum = AdvantageSum<A, kForm, kSequence>;
+    if (advantage_a_row) {
+      using Sum = AdvantageSum<A, kSequence>;
       const Tensor partial = partial_terms(logprobs, rows, Sum::kTerms);
       reduce_rows(logprobs, rows, weights, Sum{inputs}, out<double>(partial));
-      run_team(logprobs, AdvantageSumFinish<Sum, A>{in<double>(partial), out<A>(advantage_slope), rows});
+      run_team(logprobs, AdvantageSumFinish{in<double>(partial), reals(advantage_slope), rows});
     } else {
-      for_each(logprobs, rows, weights, AdvantageSlopes<A, kForm, kSequence>{inputs, out<A>(advantage_slope)});
+      for_each(logprobs, rows, weights, AdvantageSlopes<A, kSequence>{inputs, out<A>(advantage_slope)});
     }
   };
-  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) {
-    auto of_form = [&](auto kind) {
-      auto at_level = [&](auto sequence) {
-        advantage_a_row ? run(zero, kind, sequence, std::true_type{}) : run(zero, kind, sequence, std::false_type{});
-      };
-      sequence_level ? at_level(std::true_type{}) : at_level(std::false_type{});
-    };
-    form == kCispo ? of_form(std::integral_constant<int, kCispo>{}) : of_form(std::integral_constant<int, kPpo>{});
-  });
+  for_real(logprobs.scalar_type(), op, "logprobs", [&](auto zero) { sequence_level ? run(zero, std::true_type{}) : run(zero, std::false_type{}); });
   return {o.loss, o.stats, o.row_weight, slope, advantage_slope};
 }
 
@@ -454,13 +467,38 @@ HOST_DEVICE ValueToken<V> value_step(V value, V old_value, V target, double clip
           free_share * free_error + through * inside, through * (1.0 - inside), -(free_share * free_error + through)};
 }
 
-template <class A>
-struct ValueTerms {
+struct ValueSummary {
   enum { kClipped = 2, kError, kValue, kReturn, kReturnSquare, kResidual, kEnd };
   static constexpr int kTerms = kEnd;
   static constexpr int kStats = 6;
-  static constexpr bool kSimd = true;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
+
+  HOST_DEVICE static double spread(const Terms<ValueSummary>&, const Terms<ValueSummary>&) { return 0.0; }
+
+  // The order is ops/ppo_loss.py's VALUE_STATS. Explained variance is 1 - Var(R - v) / Var(R), 0 where the returns do not vary.
+  HOST_DEVICE static void write_stats(const Terms<ValueSummary>& total, double, const Reals& stats) {
+    const double n = total.at[kWeight];
+    const bool any = n != 0;
+    const double scale = any ? 1.0 / n : 0.0;
+    const double mean_return = total.at[kReturn] * scale, mean_residual = total.at[kResidual] * scale;
+    const double return_square = total.at[kReturnSquare] * scale;
+    const double return_variance = beyond_rounding(return_square - mean_return * mean_return, return_square);
+    const double residual_variance = total.at[kError] * scale - mean_residual * mean_residual;
+    stats.put(0, total.at[kClipped] * scale);
+    stats.put(1, total.at[kError] * scale);
+    stats.put(2, total.at[kValue] * scale);
+    stats.put(3, mean_return);
+    stats.put(4, return_variance > 0 ? 1.0 - residual_variance / return_variance : 0.0);
+    stats.put(5, n);
+  }
+};
+
+template <class A>
+struct ValueTerms {
+  using Summary = ValueSummary;
+  static constexpr int kTerms = Summary::kTerms;
+  static constexpr bool kSimd = true;
+  HOST_DEVICE static constexpr Fold fold(int k) { return Summary::fold(k); }
 
   const A *values, *old_values, *returns;  // a value a token
   double clip;
@@ -475,32 +513,13 @@ struct ValueTerms {
     const V residual = target - value;
     t[kWeight] = weight;
     t[kLoss] = weight * token.loss;
-    t[kClipped] = weight * token.clipped;
-    t[kError] = weight * residual * residual;
-    t[kValue] = weight * value;
-    t[kReturn] = weight * target;
-    t[kReturnSquare] = weight * target * target;
-    t[kResidual] = weight * residual;
+    t[Summary::kClipped] = weight * token.clipped;
+    t[Summary::kError] = weight * residual * residual;
+    t[Summary::kValue] = weight * value;
+    t[Summary::kReturn] = weight * target;
+    t[Summary::kReturnSquare] = weight * target * target;
+    t[Summary::kResidual] = weight * residual;
     store_at(slope, i, weight * token.by_value);
-  }
-
-  HOST_DEVICE static double spread(const Terms<ValueTerms>&, const Terms<ValueTerms>&) { return 0.0; }
-
-  // The order is ops/ppo_loss.py's VALUE_STATS. Explained variance is 1 - Var(R - v) / Var(R), 0 where the returns do not vary.
-  HOST_DEVICE static void write_stats(const Terms<ValueTerms>& total, double, A* stats) {
-    const double n = total.at[kWeight];
-    const bool any = n != 0;
-    const double scale = any ? 1.0 / n : 0.0;
-    const double mean_return = total.at[kReturn] * scale, mean_residual = total.at[kResidual] * scale;
-    const double return_square = total.at[kReturnSquare] * scale;
-    const double return_variance = beyond_rounding(return_square - mean_return * mean_return, return_square);
-    const double residual_variance = total.at[kError] * scale - mean_residual * mean_residual;
-    stats[0] = static_cast<A>(total.at[kClipped] * scale);
-    stats[1] = static_cast<A>(total.at[kError] * scale);
-    stats[2] = static_cast<A>(total.at[kValue] * scale);
-    stats[3] = static_cast<A>(mean_return);
-    stats[4] = static_cast<A>(return_variance > 0 ? 1.0 - residual_variance / return_variance : 0.0);
-    stats[5] = static_cast<A>(n);
   }
 };
 
@@ -535,7 +554,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_value_loss
   for_real(values.scalar_type(), op, "values", [&](auto zero) {
     using A = decltype(zero);
     const ValueTerms<A> terms{in<A>(values), in<A>(old_values), in<A>(returns), clip, out<A>(slope)};
-    o = aggregate_loss<ValueTerms<A>, A>(op, values, rows, weights, terms, aggregate, normalizer, normalizer_value);
+    o = aggregate_loss(op, values, rows, weights, terms, aggregate, normalizer, normalizer_value);
     if (need_old_values || need_returns)
       for_each(values, rows, weights, TargetSlopes<A>{terms.values, terms.old_values, terms.returns, clip,
                                                       need_old_values ? out<A>(old_slope) : nullptr, need_returns ? out<A>(return_slope) : nullptr});

@@ -38,6 +38,7 @@ namespace rlhf_fast::RLHF_UNIT {
 // 1. Weights
 
 struct WeightTerms {
+  using Summary = WeightTerms;
   static constexpr int kTerms = 2, kStats = 0;
   HOST_DEVICE static constexpr Fold fold(int) { return Fold::kSum; }
   const void* labels;
@@ -49,7 +50,7 @@ struct WeightTerms {
     t[kLoss] = 0;
   }
   HOST_DEVICE static double spread(const Terms<WeightTerms>&, const Terms<WeightTerms>&) { return 0; }
-  HOST_DEVICE static void write_stats(const Terms<WeightTerms>&, double, double*) {}
+  HOST_DEVICE static void write_stats(const Terms<WeightTerms>&, double, const Reals&) {}
 };
 
 struct ScaleTokens {
@@ -87,7 +88,7 @@ inline TokenWeights token_weights(const char* op, const Tensor& labels_, const T
   auto tokens = [&] { return empty_tokens(advantages, labels.sizes(), rows); };
   TokenWeights w{tokens(), tokens(), tokens()};
   const WeightTerms terms{labels.const_data_ptr(), labels.scalar_type() == ScalarType::Long, ignore_index, out<double>(w.weights)};
-  const LossOutputs o = aggregate_loss<WeightTerms, double>(op, w.weights, rows, mask_view(op, mask), terms, aggregate, normalizer, normalizer_value);
+  const LossOutputs o = aggregate_loss(op, w.weights, rows, mask_view(op, mask), terms, aggregate, normalizer, normalizer_value);
   for_each(labels, rows, Mask{}, ScaleTokens{in<double>(w.weights), in<double>(o.row_weight), in<double>(advantages), row_advantage,
                                              out<double>(w.scale), out<double>(w.advantages)});
   return w;
@@ -107,7 +108,6 @@ inline std::tuple<Tensor, Tensor, Tensor> ppo_token_weights(Tensor labels, Tenso
 
 struct ObjectiveOptions {
   PolicyOptions policy;
-  int form;
   KlOptions kl;
   double entropy_coef, kl_coef;
 };
@@ -118,8 +118,8 @@ inline ObjectiveOptions objective_options(const char* op, double clip_low, doubl
   const double none = std::numeric_limits<double>::infinity();
   CHECK_VALUE(form == kPpo || form == kCispo, op, ": unknown `loss_type` code ", form);
   CHECK_VALUE(has_reference || kl_coef == 0, op, ": `kl_coef` is ", kl_coef, " and needs `ref_logprobs`");
-  return {{clip_low, clip_high, dual_clip, log_ratio_clip}, static_cast<int>(form),
-          kl_options(op, kl_estimator, straight_through, none, none), entropy_coef, kl_coef};
+  return {{clip_low, clip_high, dual_clip, log_ratio_clip, form == kCispo}, kl_options(op, kl_estimator, straight_through, none, none),
+          entropy_coef, kl_coef};
 }
 
 // What a token has beside its logits.
@@ -136,8 +136,7 @@ struct TokenInputs {
   }
   HOST_DEVICE double by_logprob(int64_t i, double logprob) const {
     const PolicyRatio<double> r = policy_ratio<double>(logprob - old_logprobs[i], options.policy);
-    return by_logprob(i, logprob, options.form == kCispo ? cispo_step(r, logprob, advantages[i]).by_logprob
-                                                         : ppo_step(r, advantages[i], options.policy).by_logprob);
+    return by_logprob(i, logprob, policy_step(r, logprob, advantages[i], options.policy).by_logprob);
   }
 };
 
@@ -347,12 +346,9 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
 
 constexpr int kSumsGranules = (sizeof(SoftmaxSums) + sizeof(Granule) - 1) / sizeof(Granule);
 
-template <class T>
-constexpr int kHeldBlocks = sizeof(T) == 8 ? 2 : 3;  // a multiprocessor holds at least: all that on_chip.h asks for
-
 // A row by `blocks` blocks of a cluster, each of which holds a slice of it in shared memory.
 template <bool kCapped, class T>
-__global__ void __launch_bounds__(kRowThreads, kHeldBlocks<T>)
+__global__ void __launch_bounds__(kRowThreads, kByRegisters)
     ppo_loss_held_rows_kernel(RowsToPass<T> r, int blocks, int slice_packs) {
   using A = accumulate_t<T>;
   const int64_t row = blockIdx.x / blocks;
@@ -401,21 +397,24 @@ inline void run_rows(const char* op, const RowCall& call, const RowOutputs& o, i
   const int64_t count = rows.rows.rows, vocab = rows.rows.vocab;
   for_logits(rows.logits.scalar_type(), op, "logits", [&](auto zero) {
     using T = decltype(zero);
-    const OnChipPlan plan = on_chip_plan(vocab, sizeof(T), compute_capability(rows.logits), wanted);
+    OnChipPlan plan = on_chip_plan(vocab, sizeof(T), compute_capability(rows.logits), wanted);
+    if (plan.kind == OnChipPlan::kWarp && rows.options.softcap != 0) plan = on_chip_plan(vocab, sizeof(T), compute_capability(rows.logits), 1);
     CHECK_VALUE(wanted < 0 || wanted == plan.code(), op, ": this GPU has no plan ", wanted, " for rows of ", vocab, " logits");
     const RowsToPass<T> r{in<T>(rows.logits), o.gradient ? out<T>(*o.gradient) : nullptr, rows.labels.const_data_ptr(), rows.long_labels,
                           rows.rows, o.target_rows, rows.options, call.pass<accumulate_t<T>>(o)};
     auto run = [&](auto is_capped) {
       constexpr bool kCapped = decltype(is_capped)::value;
       constexpr int kThreads = kStreamThreads<T>;
-      if (plan.kind == OnChipPlan::kWarp)
-        launch(rows.logits, ppo_loss_rows_kernel<kWarp, kCapped, T>, ceil_div(count, kRowsPerBlock), kWarp * kRowsPerBlock, r);
-      else if (plan.kind == OnChipPlan::kStream)
-        launch(rows.logits, ppo_loss_rows_kernel<kThreads, kCapped, T>, count, kThreads, r);
-      else
-        launch(rows.logits, ppo_loss_held_rows_kernel<kCapped, T>,
-               ClusterGrid{count * plan.blocks, kRowThreads, plan.blocks, plan.row_bytes + kSumsGranules * int64_t(sizeof(Granule))}, r,
-               plan.blocks, static_cast<int>(plan.row_bytes / sizeof(Granule)));
+      if constexpr (sizeof(T) != 8) {  // all else is kStream
+        if constexpr (kByWarps<kCapped, T>)
+          if (plan.kind == OnChipPlan::kWarp)
+            return launch(rows.logits, ppo_loss_rows_kernel<kWarp, kCapped, T>, ceil_div(count, kRowsPerBlock), kWarp * kRowsPerBlock, r);
+        if (plan.kind != OnChipPlan::kStream)
+          return launch(rows.logits, ppo_loss_held_rows_kernel<kCapped, T>,
+                        ClusterGrid{count * plan.blocks, kRowThreads, plan.blocks, plan.row_bytes + kSumsGranules * int64_t(sizeof(Granule))}, r,
+                        plan.blocks, static_cast<int>(plan.row_bytes / sizeof(Granule)));
+      }
+      launch(rows.logits, ppo_loss_rows_kernel<kThreads, kCapped, T>, count, kThreads, r);
     };
     rows.options.softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
   });
@@ -500,9 +499,8 @@ __global__ void __launch_bounds__(kRowThreads) ppo_scale_gradient_kernel(T* grad
 
 template <class T>
 void scale_rows(const Tensor& gradient, const LogitRows& rows, const accumulate_t<T>* grad) {
-  const int packs = static_cast<int>(ceil_div(rows.vocab, kPack<T>)), pieces = static_cast<int>(ceil_div(packs, kPiecePacks));
-  const int even = static_cast<int>(ceil_div(ceil_div(packs, pieces), kRowThreads)) * kRowThreads;
-  launch(gradient, ppo_scale_gradient_kernel<T>, rows.rows * pieces, kRowThreads, out<T>(gradient), rows, grad, pieces, even);
+  const RowPieces pieces(ceil_div(rows.vocab, kPack<T>));
+  launch(gradient, ppo_scale_gradient_kernel<T>, rows.rows * pieces.count, kRowThreads, out<T>(gradient), rows, grad, pieces.count, pieces.packs);
 }
 
 #endif
@@ -524,57 +522,63 @@ inline void ppo_scale_gradient(Tensor gradient, Tensor grad) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Objective
 
-template <class A, int kForm, bool kSequence>
-struct ObjectiveTerms {
-  using Policy = PolicyTerms<double, kForm, kSequence, false>;
+template <bool kSequence>
+struct ObjectiveSummary {
+  using Policy = PolicySummary<kSequence>;
   enum { kPolicy = Policy::kTerms, kEntropy, kKl, kEnd };
   static constexpr int kTerms = kEnd, kStats = Policy::kStats, kAggregated = 3;  // the policy's part of the loss, entropy, KL
   HOST_DEVICE static constexpr Fold fold(int k) { return k < Policy::kTerms ? Policy::fold(k) : Fold::kSum; }
 
-  Policy policy;
+  HOST_DEVICE static Terms<Policy> of_policy(const Terms<ObjectiveSummary>& all) {
+    Terms<Policy> terms;
+    for (int k = 0; k < Policy::kTerms; ++k) terms.at[k] = all.at[k];
+    return terms;
+  }
+  HOST_DEVICE static double spread(const Terms<ObjectiveSummary>& row, const Terms<ObjectiveSummary>& total) {
+    return Policy::spread(of_policy(row), of_policy(total));
+  }
+  HOST_DEVICE static void write_stats(const Terms<ObjectiveSummary>& total, double spread, const Reals& stats) {
+    Policy::write_stats(of_policy(total), spread, stats);
+  }
+};
+
+template <bool kSequence>
+struct ObjectiveTerms {
+  using Summary = ObjectiveSummary<kSequence>;
+  static constexpr int kTerms = Summary::kTerms;
+  HOST_DEVICE static constexpr Fold fold(int k) { return Summary::fold(k); }
+
+  PolicyTerms<double, kSequence> policy;
   TokenInputs token;
   const double *logprobs, *entropies;
-  A *logprobs_out, *entropies_out;  // rounded, for the caller
+  Reals logprobs_out, entropies_out;  // rounded, for the caller
 
   HOST_DEVICE ObjectiveTerms of_row(int64_t row) const { return {policy.of_row(row), token, logprobs, entropies, logprobs_out, entropies_out}; }
 
   HOST_DEVICE void terms(int64_t row, int64_t i, double weight, double* t) const {
     policy.terms(row, i, weight, t);
-    t[kPolicy] = t[kLoss];
-    t[kEntropy] = weight != 0 ? weight * entropies[i] : 0.0;
-    t[kKl] = weight != 0 ? weight * token.kl(i, logprobs[i]).value : 0.0;
-    if (token.options.entropy_coef != 0) t[kLoss] -= token.options.entropy_coef * t[kEntropy];
-    if (token.options.kl_coef != 0) t[kLoss] += token.options.kl_coef * t[kKl];
-    logprobs_out[i] = static_cast<A>(logprobs[i]);
-    entropies_out[i] = static_cast<A>(entropies[i]);
-  }
-
-  HOST_DEVICE static Terms<Policy> of_policy(const Terms<ObjectiveTerms>& all) {
-    Terms<Policy> terms;
-    for (int k = 0; k < Policy::kTerms; ++k) terms.at[k] = all.at[k];
-    return terms;
-  }
-  HOST_DEVICE static double spread(const Terms<ObjectiveTerms>& row, const Terms<ObjectiveTerms>& total) {
-    return Policy::spread(of_policy(row), of_policy(total));
-  }
-  HOST_DEVICE static void write_stats(const Terms<ObjectiveTerms>& total, double spread, A* stats) {
-    Policy::write_stats(of_policy(total), spread, stats);
+    t[Summary::kPolicy] = t[kLoss];
+    t[Summary::kEntropy] = weight != 0 ? weight * entropies[i] : 0.0;
+    t[Summary::kKl] = weight != 0 ? weight * token.kl(i, logprobs[i]).value : 0.0;
+    if (token.options.entropy_coef != 0) t[kLoss] -= token.options.entropy_coef * t[Summary::kEntropy];
+    if (token.options.kl_coef != 0) t[kLoss] += token.options.kl_coef * t[Summary::kKl];
+    logprobs_out.put(i, logprobs[i]);
+    entropies_out.put(i, entropies[i]);
   }
 };
 
 // At sequence level: d loss / d logprob and d loss / d entropy of a token of weight 1.
-template <class A, int kForm>
 struct SequenceSlopes {
-  PolicyInputs<double, kForm, true, false> inputs;
+  PolicyInputs<double, true> inputs;
   TokenInputs token;
   const double* row_weight;
-  A *by_logprob, *by_entropy;
+  Reals by_logprob, by_entropy;
 
   HOST_DEVICE SequenceSlopes of_row(int64_t row) const { return {inputs.of_row(row), token, row_weight + row, by_logprob, by_entropy}; }
   HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
     const double by_policy = inputs.step(inputs.ratio(i, weight), i, weight).by_logprob;
-    by_logprob[i] = static_cast<A>(weight != 0 ? *row_weight * token.by_logprob(i, inputs.logprobs[i], by_policy) : 0.0);
-    by_entropy[i] = static_cast<A>(-*row_weight * token.options.entropy_coef);
+    by_logprob.put(i, weight != 0 ? *row_weight * token.by_logprob(i, inputs.logprobs[i], by_policy) : 0.0);
+    by_entropy.put(i, -*row_weight * token.options.entropy_coef);
   }
 };
 
@@ -596,32 +600,26 @@ inline Objective objective(const char* op, const Tensor& logprobs, const Tensor&
   result.logprobs = tokens(type);
   result.entropies = tokens(type);
   const Tensor slope = empty(logprobs, logprobs.sizes());  // PolicyTerms leaves it; the gradient is made from the log-probs
-  for_real(type, op, "logits", [&](auto zero) {
-    using A = decltype(zero);
-    auto run = [&](auto kind, auto sequence) {
-      constexpr int kForm = decltype(kind)::value;
-      constexpr bool kSequence = decltype(sequence)::value;
-      PolicyInputs<double, kForm, kSequence, false> inputs{in<double>(logprobs), in<double>(call.old_logprobs), in<double>(call.advantages),
-                                                           call.options.policy, nullptr, rows, {}, 0.0};
-      OptionalTensor sums;
-      if constexpr (kSequence) inputs.partial = in<double>(sums.emplace(log_ratio_sums<double>(logprobs, rows, weights, inputs)));
-      using R = ObjectiveTerms<A, kForm, kSequence>;
-      const R terms{{inputs, out<double>(slope)}, call.token(), in<double>(logprobs), in<double>(entropies),
-                    out<A>(result.logprobs), out<A>(result.entropies)};
-      const LossOutputs o = aggregate_loss<R, A>(op, result.logprobs, rows, weights, terms, aggregate, normalizer, normalizer_value);
-      result.loss = o.loss;
-      result.stats = o.stats;
-      if constexpr (kSequence) {
-        if (!need_slopes) return;
-        result.by_logprob = tokens(type);
-        result.by_entropy = tokens(type);
-        for_each(logprobs, rows, weights, SequenceSlopes<A, kForm>{inputs, call.token(), in<double>(o.row_weight), out<A>(*result.by_logprob),
-                                                                   out<A>(*result.by_entropy)});
-      }
-    };
-    auto of_form = [&](auto kind) { sequence_level ? run(kind, std::true_type{}) : run(kind, std::false_type{}); };
-    call.options.form == kCispo ? of_form(std::integral_constant<int, kCispo>{}) : of_form(std::integral_constant<int, kPpo>{});
-  });
+  auto run = [&](auto sequence) {
+    constexpr bool kSequence = decltype(sequence)::value;
+    PolicyInputs<double, kSequence> inputs{in<double>(logprobs), in<double>(call.old_logprobs), in<double>(call.advantages), false,
+                                           call.options.policy, nullptr, rows, {}, 0.0};
+    OptionalTensor sums;
+    if constexpr (kSequence) inputs.partial = in<double>(sums.emplace(log_ratio_sums<double>(logprobs, rows, weights, inputs)));
+    const ObjectiveTerms<kSequence> terms{{inputs, out<double>(slope)}, call.token(), in<double>(logprobs), in<double>(entropies),
+                                          reals(result.logprobs), reals(result.entropies)};
+    const LossOutputs o = aggregate_loss(op, result.logprobs, rows, weights, terms, aggregate, normalizer, normalizer_value);
+    result.loss = o.loss;
+    result.stats = o.stats;
+    if constexpr (kSequence) {
+      if (!need_slopes) return;
+      result.by_logprob = tokens(type);
+      result.by_entropy = tokens(type);
+      for_each(logprobs, rows, weights,
+               SequenceSlopes{inputs, call.token(), in<double>(o.row_weight), reals(*result.by_logprob), reals(*result.by_entropy)});
+    }
+  };
+  sequence_level ? run(std::true_type{}) : run(std::false_type{});
   return result;
 }
 

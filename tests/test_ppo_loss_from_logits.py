@@ -332,7 +332,9 @@ def test_rows_a_tile_at_a_time_are_those_of_the_whole(device):
 # How a GPU holds the rows
 
 
-def force(monkeypatch, name, device):
+def force(monkeypatch, name, device, dtype=torch.float32):
+    if dtype == torch.float64 and name != "stream":
+        pytest.skip("float64 has one plan")
     if device == "cpu" and _common._namespace == "rlhf_fast":
         pytest.skip("of the CUDA kernels alone")
     if name.startswith("cluster") and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
@@ -346,7 +348,7 @@ def test_random_calls_match_the_reference_by_every_plan(name, device, monkeypatc
     rng, calls = random.Random(f"plan {name}"), 0
     while calls < 25:
         call = OPS["ppo_loss_from_logits"].draw(rng)
-        if call.args[1].numel() < 300:
+        if call.args[1].numel() < 300 and (name == "stream" or call.args[0].dtype != torch.float64):
             examine("ppo_loss_from_logits", call, device)
             calls += 1
 
@@ -355,7 +357,7 @@ def test_random_calls_match_the_reference_by_every_plan(name, device, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab", [1, 9, 130, 2050, 4500])
 def test_rows_of_any_alignment_have_the_same_bits_in_place_and_not(vocab, dtype, name, device, monkeypatch):
-    force(monkeypatch, name, device)
+    force(monkeypatch, name, device, dtype)
     size = dtype.itemsize
     logits, *rest = draw(1, 2, vocab=vocab, dtype=dtype, device=device)
     options = {"entropy_coef": 0.1, "aggregate": "token-sum"}
@@ -416,6 +418,7 @@ def test_a_plan_that_the_gpu_does_not_have_is_refused(device, monkeypatch):
     ("vocab", "dtype", "capability", "expected"),
     [
         (82, torch.float32, (9, 0), ("warp", 1)),
+        (82, torch.float64, (9, 0), ("stream", 1)),
         (2048, torch.bfloat16, (8, 0), ("warp", 1)),
         (2049, torch.bfloat16, (8, 0), ("block", 1)),
         (32000, torch.bfloat16, (9, 0), ("block", 1)),

@@ -155,10 +155,10 @@ def plan(vocab: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[st
         capability: (9, 0) for an H100, as torch.cuda.get_device_capability() has it.
 
     Returns:
-        A dict. `name`: "warp" (V up to 2048: a warp a row), "block" (a block holds the row in its shared memory), "cluster" (a
-        few blocks hold a slice each) or "stream" (the row is read again, in hope of the L2 cache). `blocks` a row and `threads`
-        a block that work on it, `row_bytes` of shared memory for the row in each block, and `resident`, how many rows or slices
-        a multiprocessor has at a time (0: not limited by this).
+        A dict. `name`: "warp" (V up to 2048: a warp a row; with a soft cap "block"), "block" (a block holds the row in its shared
+        memory), "cluster" (a few blocks hold a slice each) or "stream" (the row is read again, in hope of the L2 cache; always
+        so in float64). `blocks` a row and `threads` a block that work on it, `row_bytes` of shared memory for the row in each
+        block, and `resident`, how many rows or slices a multiprocessor has at a time (0: not limited by this).
 
     >>> plan(151936, torch.bfloat16, (9, 0))
     {'name': 'cluster', 'blocks': 4, 'threads': 256, 'row_bytes': 75968, 'resident': 3}
