@@ -82,8 +82,8 @@ def fused_linear_for_ppo(
 ) -> tuple[Tensor, Tensor]:
     """verl.utils.experimental.torch_functional.FusedLinearForPPO.forward, for its "torch" and "liger" backends.
 
-    The entropy is float32 (verl rounds it to the dtype of the hidden states), the gradient of 16-bit weights is added up in
-    float32, and as many tokens as fit in the workspace of `linear_logprobs` go at a time, whatever self.chunk_size.
+    The logits and the entropy are float32 (verl rounds both to the dtype of the hidden states), the gradient of 16-bit weights is
+    added up in float32, and as many tokens as fit in the workspace of `linear_logprobs` go at a time, whatever self.chunk_size.
     """
     labels = input_ids.to(torch.int64)
     return linear_logprobs(hidden_states, vocab_weights, labels, temperature=temperature, with_entropy=True)
