@@ -247,7 +247,13 @@ CPU_CLONES void reduce_range(const R& shared, const Mask& mask, const Piece& pie
   for (int l = 0; l < kTokens; ++l) weights[n + l] = 0;
   Lanes<double> lanes[R::kTerms];
   for_constants<R::kTerms>([&](auto k) ALWAYS_INLINE { lanes[k] = all<Lanes<double>>(fold_start(R::fold(k))); });
-  for (int64_t j = 0; j < n; j += kTokens) lane_terms(r, piece.row, run_at(piece.begin, j, n), weights + j, lanes);
+  if constexpr (is_simd<R>) {
+    for (int64_t j = 0; j < n; j += kTokens) lane_terms(r, piece.row, run_at(piece.begin, j, n), weights + j, lanes);
+  } else {  // token by token, which is fast where their number is a constant
+    int64_t j = 0;
+    for (; j + kTokens <= n; j += kTokens) lane_terms(r, piece.row, Run{piece.begin + j, kTokens}, weights + j, lanes);
+    if (j < n) lane_terms(r, piece.row, run_at(piece.begin, j, n), weights + j, lanes);
+  }
   for (int k = 0; k < R::kTerms; ++k) {
     double total = lanes[k][0];
     for (int l = 1; l < kTokens; ++l) total = fold_in(R::fold(k), total, lanes[k][l]);
