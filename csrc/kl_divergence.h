@@ -364,9 +364,11 @@ constexpr int kNarrowKlWarps = 5;  // six would spill there
 #else
 constexpr int kNarrowKlWarps = 6;
 #endif
-template <class T, class U> constexpr int kKlWarpBlocks = sizeof(T) != sizeof(U) ? 4 : sizeof(T) == 2 ? kNarrowKlWarps : 6;
 template <int kThreads, bool kForward, class T, class U>
-constexpr int kKlBlocks = sizeof(T) == 8 ? 1 : kThreads == kWarp ? kKlWarpBlocks<T, U> : kForward && sizeof(T) + sizeof(U) < 8 ? 2 : 4;
+constexpr int kKlBlocks = kThreads == kWarp ? (sizeof(T) == 2 ? kNarrowKlWarps : 6)
+                          : sizeof(T) == 8  ? 1
+                                            : (kForward && sizeof(T) + sizeof(U) < 8 ? 2 : 4);
+template <class T, class U> constexpr bool kKlByWarps = kByWarps<false, T> && std::is_same_v<T, U>;  // two types meet at large vocabularies
 
 // kUnitsInFlight units of one row.
 template <int kElements, class T>
@@ -500,7 +502,7 @@ inline std::tuple<Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits
       launch(logits, kernel, blocks, threads, in<T>(call.logits), in<U>(call.ref_logits), call.rows, call.ref_rows, call.options,
              out<A>(o.kl), reinterpret_cast<KlStats<A>*>(out<A>(o.stats)));
     };
-    if constexpr (kByWarps<false, T> && std::is_same_v<T, U>)
+    if constexpr (kKlByWarps<T, U>)
       if (call.rows.vocab <= kWarpRowVocab)
         return start(kl_divergence_kernel<kWarp, T, U>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock);
     start(kl_divergence_kernel<kRowThreads, T, U>, call.rows.rows, kRowThreads);
@@ -522,7 +524,7 @@ inline Tensor kl_divergence_backward(Tensor grad, Tensor logits, Tensor ref_logi
              b.target_rows, call.options, in<A>(b.grad), reinterpret_cast<const KlStats<A>*>(in<A>(stats)), pieces, piece_units);
     };
     const int units = static_cast<int>(ceil_div(call.rows.vocab, kUnit<T, U>));
-    if constexpr (kByWarps<false, T> && std::is_same_v<T, U>)
+    if constexpr (kKlByWarps<T, U>)
       if (call.rows.vocab <= kWarpRowVocab)
         return start(kl_divergence_backward_kernel<kWarp, T, U>, ceil_div(call.rows.rows, kRowsPerBlock), kWarp * kRowsPerBlock, 1, units);
     const RowPieces pieces(units);
