@@ -1,6 +1,7 @@
 // The Python module: importing it loads the library, which registers the ops. What it offers itself: build_info(), the plan of
 // on_chip.h, and calls of the kernels past torch's dispatcher.
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -55,6 +56,8 @@ py::dict on_chip_plan(int64_t vocab, int64_t element_bytes, int capability) {
 }
 
 constexpr size_t kMaxArguments = 32;
+// Elements of all tensors of a call on the CPU that is over before another thread could be let in.
+constexpr int64_t kShortCall = 8192;
 
 // The arguments of one call, as a boxed kernel takes them. Handles not yet handed over are freed.
 class Arguments {
@@ -70,23 +73,26 @@ class Arguments {
     handles_.fill(nullptr);
     return values_.data();
   }
-  size_t size() const { return size_; }
+  void count(int64_t elements) { elements_ += elements; }
+  int64_t elements() const { return elements_; }
 
  private:
   std::array<StableIValue, kMaxArguments> values_;
   std::array<AtenTensorHandle, kMaxArguments> handles_{};
   size_t size_ = 0;
+  int64_t elements_ = 0;
 };
 
 // One op, called with plain dense tensors of one device. `signature` has a letter for each argument: T tensor, O optional
-// tensor, F float, I int, B bool.
+// tensor, F float, I int, B bool. Of the outputs the first `visible` are handed out.
 class DirectCall {
  public:
-  DirectCall(const std::string& op, std::string signature, size_t outputs, py::object to_handle, py::object from_handles,
+  DirectCall(const std::string& op, std::string signature, size_t outputs, size_t visible, py::object to_handle, py::object from_handles,
              py::object is_neg, py::tuple plain_types)
-      : signature_(std::move(signature)), outputs_(outputs), to_handle_(std::move(to_handle)), from_handles_(std::move(from_handles)),
-        is_neg_(std::move(is_neg)), plain_types_(std::move(plain_types)) {
+      : signature_(std::move(signature)), outputs_(outputs), visible_(visible), to_handle_(std::move(to_handle)),
+        from_handles_(std::move(from_handles)), is_neg_(std::move(is_neg)), plain_types_(std::move(plain_types)) {
     if (signature_.size() > kMaxArguments || outputs_ > kMaxArguments) throw py::value_error(op + ": too many arguments");
+    if (visible_ > outputs_) throw py::value_error(op + ": fewer outputs");
     for (auto device : {rlhf_fast::DirectDevice::kCpu, rlhf_fast::DirectDevice::kCuda}) {
       const auto& kernels = rlhf_fast::kernel_table(device).kernels;
       const auto found = kernels.find(op);
@@ -121,12 +127,14 @@ class DirectCall {
       if (signature_[i] == 'O' && PyTuple_GET_ITEM(args.ptr(), i) != Py_None) stack.box_optional(i);
     StableIValue* values = stack.hand_over();
     {
-      const py::gil_scoped_release nogil;
+      std::optional<py::gil_scoped_release> nogil;
+      if (kernel != kernels_[0] || stack.elements() > kShortCall) nogil.emplace();
       kernel(values, signature_.size(), outputs_);
     }
     if (outputs_ == 0) return py::none();
-    py::list capsules(outputs_);
-    for (size_t i = 0; i < outputs_; ++i)
+    for (size_t i = visible_; i < outputs_; ++i) aoti_torch_delete_tensor_object(torch::stable::detail::to<AtenTensorHandle>(values[i]));
+    py::list capsules(visible_);
+    for (size_t i = 0; i < visible_; ++i)
       PyList_SET_ITEM(capsules.ptr(), i, PyCapsule_New(torch::stable::detail::to<AtenTensorHandle>(values[i]), nullptr, nullptr));
     const py::list tensors = py::reinterpret_steal<py::list>(PyObject_CallOneArg(from_handles_.ptr(), capsules.ptr()));
     if (!tensors) throw py::error_already_set();
@@ -155,6 +163,7 @@ class DirectCall {
     if (negative.ptr() != Py_False || layout != aoti_torch_layout_strided()) return false;
     void* data = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &elements));
+    stack.count(elements);
     if (elements > 0 && (aoti_torch_get_data_ptr(handle, &data) != AOTI_TORCH_SUCCESS || data == nullptr)) return false;
     const bool cpu = device == aoti_torch_device_type_cpu(), cuda = device == aoti_torch_device_type_cuda();
     if (!cpu && !cuda) return false;
@@ -165,7 +174,7 @@ class DirectCall {
   }
 
   std::string signature_;
-  size_t outputs_;
+  size_t outputs_, visible_;
   py::object to_handle_, from_handles_, is_neg_;
   py::tuple plain_types_;
   std::array<rlhf_fast::BoxedKernel, 2> kernels_{};
@@ -178,6 +187,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this library was built and which CPU instruction level it uses here.");
   m.def("on_chip_plan", &on_chip_plan, "How a CUDA kernel holds a row of logits that it needs twice (csrc/on_chip.h).");
   py::class_<DirectCall>(m, "DirectCall", "An op called past torch's dispatcher; NotImplemented where that is not possible.")
-      .def(py::init<const std::string&, std::string, size_t, py::object, py::object, py::object, py::tuple>())
+      .def(py::init<const std::string&, std::string, size_t, size_t, py::object, py::object, py::object, py::tuple>())
       .def("__call__", &DirectCall::operator());
 }

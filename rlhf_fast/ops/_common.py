@@ -43,11 +43,13 @@ _tracing = getattr(torch._C, "_get_tracing_state", None)
 _profiling = getattr(torch.autograd, "_profiler_enabled", None)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms = torch._C._are_functorch_transforms_active
+is_compiling = torch.compiler.is_compiling
+is_grad_enabled = torch.is_grad_enabled
 _LETTERS = {"Tensor": "T", "Optional[Tensor]": "O", "float": "F", "int": "I", "bool": "B"}
 
 
-def _direct_call(name: str, overload):
-    """The op as a call past the dispatcher, or None where this torch lacks what that takes."""
+def _direct_call(name: str, overload, internal: int = 0):
+    """The op as a call past the dispatcher, less its last `internal` outputs; None where this torch lacks what that takes."""
     handles = getattr(torch._C, "_aoti", None)
     to_handle = getattr(handles, "unsafe_alloc_void_ptr_from_tensor", None)
     from_handles = getattr(handles, "alloc_tensors_by_stealing_from_void_ptrs", None)  # the singular form leaks
@@ -55,7 +57,9 @@ def _direct_call(name: str, overload):
         return None
     signature = "".join(_LETTERS[str(a.type)] for a in overload._schema.arguments)
     plain = (Tensor, torch.nn.Parameter)
-    return DirectCall(name, signature, len(overload._schema.returns), to_handle, from_handles, Tensor.is_neg, plain)
+    outputs = len(overload._schema.returns)
+    call = DirectCall(name, signature, outputs, outputs - internal, to_handle, from_handles, Tensor.is_neg, plain)
+    return call.__call__  # bound once
 
 
 class Kernel:
@@ -65,15 +69,20 @@ class Kernel:
     `torch.ops`. The same formulas as an autograd.Function cost half as much a call, so eager calls go through that, and past
     the dispatcher wherever nothing (a mode, a transform, a profiler, a tensor subclass) is there to see the call.
 
-    `function` is the public function that errors speak of, where one op serves several.
+    A call returns the op's outputs but for the last ones, which only its gradient reads: as many as `register` was told, or
+    `hidden`. Each costs a microsecond. `function` is the public function that errors speak of, where one op serves several.
     """
 
-    def __init__(self, name: str, function: str | None = None):
+    def __init__(self, name: str, function: str | None = None, *, hidden: int | None = None):
         self.name = name
         self.function = function or name
+        self._asked_hidden = hidden
         self._overloads: dict[str, Any] = {}
         self._direct: Any = None
+        self._direct_visible: Any = None  # without the hidden outputs
+        self._hidden = 0
         self._tensors: tuple[int, ...] = ()  # where the tensors stand among the arguments
+        self._options = 0  # where the arguments after the last tensor begin
 
     def overload(self):
         found = self._overloads.get(_namespace)
@@ -81,36 +90,42 @@ class Kernel:
             found = getattr(getattr(torch.ops, _namespace), self.name).default
             self._overloads[_namespace] = found
             self._tensors = tuple(i for i, a in enumerate(found._schema.arguments) if "Tensor" in str(a.type))
+            self._options = 1 + max(self._tensors)
+            self._hidden = self._number_hidden()
             if _namespace == "rlhf_fast":
                 in_python = _implementations.get(self.name)
-                self._direct = in_python[1] if in_python else _direct_call(self.name, found)
+                if in_python:
+                    self._direct = in_python[1]
+                    self._direct_visible = lambda *args: self._visible(in_python[1](*args))
+                else:
+                    self._direct = _direct_call(self.name, found)
+                    self._direct_visible = _direct_call(self.name, found, self._hidden)
         return found
 
-    def _below(self, args):
-        """The op without its autograd."""
-        if (
-            self._direct is not None
-            and _namespace == "rlhf_fast"
-            and not (_dispatch_modes() or _profiling() or _tracing())
-        ):
-            result = self._direct(*args)
+    def _number_hidden(self):
+        return _internal.get(self.name, 0) if self._asked_hidden is None else self._asked_hidden
+
+    def _visible(self, outputs):
+        return outputs[: -self._hidden] if self._hidden else outputs
+
+    def _below(self, args, visible=False):
+        """The op without its autograd; all its outputs, or those that are `visible`."""
+        direct = self._direct_visible if visible else self._direct
+        if direct is not None and _namespace == "rlhf_fast" and not (_dispatch_modes() or _profiling() or _tracing()):
+            result = direct(*args)
             if result is not NotImplemented:
                 return result
         with _below_autograd():
-            return self.overload()(*args)
+            outputs = self.overload()(*args)
+        return self._visible(outputs) if visible else outputs
 
     def __call__(self, *args):
         try:
-            if torch.compiler.is_compiling():  # what follows is more than it can trace
-                return getattr(getattr(torch.ops, _namespace), self.name).default(*args)
-            overload = self.overload()
-            if _transforms():
-                return overload(*args)
-            if self.name in _functions and torch.is_grad_enabled():
-                for i in self._tensors:
-                    if args[i] is not None and args[i].requires_grad:
-                        return _functions[self.name].apply(*args, self)
-            return self._below(args)
+            if is_compiling():  # what follows is more than it can trace
+                outputs = getattr(getattr(torch.ops, _namespace), self.name).default(*args)
+                hidden = self._number_hidden()
+                return outputs[:-hidden] if hidden else outputs
+            return self.eager(args)
         except (RuntimeError, NotImplementedError) as error:
             refusal = _REFUSAL.search(str(error))
             if refusal:
@@ -124,9 +139,22 @@ class Kernel:
                 ) from None
             raise
 
+    def eager(self, args):
+        """The call where torch.compile is not at work, its errors as they come."""
+        if _transforms() or _namespace not in self._overloads:
+            overload = self.overload()
+            if _transforms():
+                return self._visible(overload(*args))
+        if is_grad_enabled() and self.name in _functions:
+            for i in self._tensors:
+                if args[i] is not None and args[i].requires_grad:
+                    return _functions[self.name](*args[: self._options], (self, args))
+        return self._below(args, visible=True)
+
 
 _implementations: dict[str, tuple[str, Callable]] = {}
-_functions: dict[str, type[torch.autograd.Function]] = {}
+_functions: dict[str, Callable] = {}
+_internal: dict[str, int] = {}
 _registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
 _public_names: dict[str, str] = {}
 
@@ -146,15 +174,17 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     backward_eager: Callable | None = None,
+    internal: int = 0,
     function: str | None = None,
 ) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable).
 
     `backward_eager` takes the place of `backward` in eager calls: one that may write over what the forward pass made, of
-    which the public function gives nothing away. `function` is the public function that errors speak of, where its name is
-    not the op's.
+    which the public function gives nothing away. The last `internal` outputs are for the gradient alone. `function` is the public
+    function that errors speak of, where its name is not the op's.
     """
     _public_names[name] = function or name
+    _internal[name] = internal
     if backward is not None:
         _functions[name] = _function(setup_context, first_derivative_only(name, backward_eager or backward))
         backward = first_derivative_only(name, backward)
@@ -199,20 +229,27 @@ class _Refusal(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: the op has no second derivative")
 
 
-def _function(setup_context: Callable, formula: Callable) -> type[torch.autograd.Function]:
+def _function(setup_context: Callable, formula: Callable) -> Callable:
+    """The op with its gradient, called with its tensors and (kernel, all inputs): each input costs a call time.
+
+    torch drops the None that the formula has for each other input.
+    """
+
     class EagerFunction(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs_and_kernel):  # the kernel last: inputs and gradients keep the places the formulas know
-            *inputs, kernel = inputs_and_kernel
-            output = kernel._below(inputs)
-            setup_context(ctx, inputs, output)
-            return output
+        def forward(ctx, *inputs):
+            kernel, inputs = inputs[-1]
+            outputs = kernel._below(inputs)
+            setup_context(ctx, inputs, outputs)
+            ctx.hidden = (None,) * kernel._hidden
+            return kernel._visible(outputs)
 
         @staticmethod
         def backward(ctx, *gradients):
-            return *formula(ctx, *gradients), None
+            return *formula(ctx, *gradients, *ctx.hidden), None
 
-    return EagerFunction
+    # Function.apply first asks each input for traces of a functorch transform. Under one, a call does not come here.
+    return super(torch.autograd.Function, EagerFunction).apply
 
 
 def _register_in(library: str, name: str) -> None:

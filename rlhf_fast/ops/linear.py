@@ -14,7 +14,7 @@ from rlhf_fast.ops.logprob import gather_logprobs_reference
 
 _forward = Kernel("linear_logprobs")
 _backward = Kernel("linear_logprobs_backward")
-_gather = Kernel("gather_logprobs", "linear_logprobs")
+_gather = Kernel("gather_logprobs", "linear_logprobs", hidden=0)
 _slices = SliceKernels("linear_logprobs")
 
 # Bytes of the logits that exist at a time and of what is made of them: a tile, its slice of the weight in float32.
@@ -80,7 +80,7 @@ def linear_logprobs(
     need_twin(op, "temperature", taus, labels)
     chunk = chunk_of(op, chunk_tokens)
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])
-    logprobs, entropy, _ = _forward(
+    logprobs, entropy = _forward(
         rows, weight, bias, labels.reshape(-1), flat(taus), flat(mask), *numbers, with_entropy, chunk, False
     )
     logprobs = logprobs.view(labels.shape)
@@ -419,6 +419,7 @@ def _fake_logprobs(hidden, weight, bias, labels, *rest):
 register(
     "linear_logprobs",
     _fake_logprobs,
+    internal=1,
     setup_context=_context,
     backward=_formula,
 )

@@ -215,7 +215,7 @@ def _composed(hidden, weight, bias, labels, old, advantages, mask, offsets, refe
     weights, _, advantages = _weights(labels, advantages, mask, offsets, numbers[-1], *aggregated)
     _check(hidden, weight, labels, taus, weights, numbers)
     rows, counting = hidden.reshape(labels.numel(), hidden.shape[-1]), weights != 0
-    logprobs, entropies, _ = _logprobs(
+    logprobs, entropies = _logprobs(
         rows, weight, bias, flat(labels), flat(taus), flat(counting), *numbers, True, chunk, True
     )
     logprobs, entropies = logprobs.view(labels.shape), entropies.view(labels.shape)
@@ -357,7 +357,7 @@ define(
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _loss_and_gradients,
 )
-register(_op, _fake, setup_context=_context, backward=_formula, backward_eager=_formula_eager)
+register(_op, _fake, internal=3, setup_context=_context, backward=_formula, backward_eager=_formula_eager)
 
 
 def _fake_rows(logits, labels, *rest):

@@ -7,6 +7,7 @@ from rlhf_fast.ops import _logits
 from rlhf_fast.ops._common import (
     Kernel,
     flag,
+    is_compiling,
     need_tensor,
     optional_mask,
     optional_tensor,
@@ -16,6 +17,7 @@ from rlhf_fast.ops._common import (
 from rlhf_fast.ops.kept import keep_only, kept_logprobs
 
 _forward = Kernel("gather_logprobs")
+_without_entropy = Kernel("gather_logprobs", hidden=2)
 _backward = Kernel("gather_logprobs_backward")
 _backward_inplace = Kernel("gather_logprobs_backward_inplace")
 
@@ -67,6 +69,16 @@ def gather_logprobs(
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
     op = "gather_logprobs"
+    if type(logits) is Tensor is type(labels) and mask is None is kept and type(temperature) is float and not is_compiling():
+        # The usual call goes to the kernel at once: for few rows the checks take as long. What it refuses comes to them yet.
+        _, *options = _logits.options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index)
+        if type(with_entropy) is bool is type(inplace_backward):
+            try:
+                kernel = _forward if with_entropy else _without_entropy
+                outputs = kernel.eager((logits, labels, None, None, *options, with_entropy, inplace_backward))
+                return outputs if with_entropy else outputs[0]
+            except (TypeError, ValueError, RuntimeError):
+                pass
     need_tensor(op, "logits", logits)
     need_tensor(op, "labels", labels)
     mask = optional_mask(op, mask)
@@ -95,9 +107,9 @@ def gather_logprobs(
 
     options = (taus, mask, tau, cap, scale, ignore_index, with_entropy, inplace_backward)
     if kept is None:
-        logprobs, entropy, _ = _forward(logits, labels, *options)
+        logprobs, entropy = _forward(logits, labels, *options)
     else:
-        logprobs, entropy, _ = kept_logprobs(logits, labels, kept, *options)
+        logprobs, entropy = kept_logprobs(logits, labels, kept, *options)
     if logprobs.shape != shape:
         logprobs, entropy = logprobs.view(shape), entropy.view(shape) if with_entropy else entropy
     return (logprobs, entropy) if with_entropy else logprobs
@@ -143,6 +155,7 @@ def _flat(t: Tensor | None) -> Tensor | None:
 register(
     "gather_logprobs",
     lambda logits, labels, *rest: _logits.fake_outputs(logits, labels, rest[-2]),
+    internal=1,
     setup_context=_logits.setup_context,
     backward=_logits.formula(_backward, _backward_inplace, inputs=10),
 )

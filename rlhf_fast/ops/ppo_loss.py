@@ -135,7 +135,7 @@ def ppo_policy_loss(
     advantages = one_a_row(advantages, logprobs, cu_seqlens)
     count = normalizer_of(op, normalizer)
     need = needs_gradient(advantages)
-    loss, stats, *_ = _policy(logprobs, old_logprobs, advantages, mask, cu_seqlens, *options, *count, need)
+    loss, stats = _policy(logprobs, old_logprobs, advantages, mask, cu_seqlens, *options, *count, need)
     return loss, dict(zip(POLICY_STATS, stats.unbind(), strict=True))
 
 
@@ -248,7 +248,7 @@ def ppo_value_loss(
     mode = choice(op, "aggregate", aggregate, AGGREGATES)
     count = normalizer_of(op, normalizer)
     needs = needs_gradient(old_values), needs_gradient(returns)
-    loss, stats, *_ = _value(values, old_values, returns, mask, cu_seqlens, bound, mode, *count, *needs)
+    loss, stats = _value(values, old_values, returns, mask, cu_seqlens, bound, mode, *count, *needs)
     return loss, dict(zip(VALUE_STATS, stats.unbind(), strict=True))
 
 
@@ -347,6 +347,18 @@ def _fake_loss(stats, *maybe):
     return fake
 
 
-register("ppo_policy_loss", _fake_loss(POLICY_STATS, 2), setup_context=_policy_context, backward=_policy_formula)
-register("ppo_value_loss", _fake_loss(VALUE_STATS, 1, 2), setup_context=_context, backward=_value_formula)
+register(
+    "ppo_policy_loss",
+    _fake_loss(POLICY_STATS, 2),
+    internal=3,
+    setup_context=_policy_context,
+    backward=_policy_formula,
+)
+register(
+    "ppo_value_loss",
+    _fake_loss(VALUE_STATS, 1, 2),
+    internal=4,
+    setup_context=_context,
+    backward=_value_formula,
+)
 register("ppo_loss_backward", lambda grad, slope, *rest: slope.new_empty(slope.shape))

@@ -308,6 +308,13 @@ def _fake(logits, labels, *rest):
     return *_fake_inplace(logits, labels), logits.new_empty(logits.shape if need_gradient else (0,))
 
 
-register("ppo_loss_from_logits", _fake, setup_context=_context, backward=_formula, backward_eager=_formula_eager)
+register(
+    "ppo_loss_from_logits",
+    _fake,
+    internal=1,
+    setup_context=_context,
+    backward=_formula,
+    backward_eager=_formula_eager,
+)
 register("ppo_loss_from_logits_inplace", _fake_inplace, function="ppo_loss_from_logits")
 register("ppo_scale_gradient", lambda gradient, grad: None)

@@ -46,7 +46,7 @@ def reward_pair_loss(
         chosen, rejected = as_reals(op, chosen=chosen, rejected=rejected)
     else:
         chosen, rejected, margin = as_reals(op, chosen=chosen, rejected=rejected, margin=margin)
-    loss, stats, _ = _pair(chosen, rejected, margin, center)
+    loss, stats = _pair(chosen, rejected, margin, center)
     return loss, dict(zip(PAIR_STATS, stats.unbind(), strict=True))
 
 
@@ -117,7 +117,7 @@ def dpo_loss(
         raise ValueError(f"{op}: `label_smoothing` must be 0 where `loss_type` is {loss_type!r}, got {e}")
     tilt = -e / (1 - 2 * e) if loss_type == "robust" else e
     tensors = as_reals(op, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
-    loss, stats, _ = _dpo(*tensors, beta, tilt, code)
+    loss, stats = _dpo(*tensors, beta, tilt, code)
     return loss, dict(zip(DPO_STATS, stats.unbind(), strict=True))
 
 
@@ -193,7 +193,7 @@ def _dpo_formula(ctx, grad, *_):
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
 
 
-register("reward_pair_loss", _fake, setup_context=_pair_context, backward=_pair_formula)
+register("reward_pair_loss", _fake, internal=1, setup_context=_pair_context, backward=_pair_formula)
 register(
     "reward_pair_loss_backward",
     lambda grad, chosen, rejected, slopes, center_coef, need_margin: (
@@ -202,7 +202,7 @@ register(
         chosen.new_empty(chosen.shape if need_margin else (0,)),
     ),
 )
-register("dpo_loss", _fake, setup_context=_dpo_context, backward=_dpo_formula)
+register("dpo_loss", _fake, internal=1, setup_context=_dpo_context, backward=_dpo_formula)
 register(
     "dpo_loss_backward",
     lambda grad, slopes, *needed: tuple(grad.new_empty(slopes.shape if need else (0,)) for need in needed),

@@ -121,8 +121,8 @@ class _VocabParallel(torch.autograd.Function):
         wide = logits.dtype == torch.float64
         logprobs, entropy, stats = _kernels.combine(partials[:, :rows], *rest, with_entropy, wide)
 
-        ctx.options = tau, cap, scale, ignore_index, start, _UNKNOWN
-        ctx.with_entropy, ctx.inplace, ctx.overwritten = with_entropy, inplace, False
+        ctx.options = (tau, cap, scale, ignore_index, start, _UNKNOWN), with_entropy, inplace
+        ctx.overwritten = False
         ctx.save_for_backward(logits, labels, taus, mask, stats)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
