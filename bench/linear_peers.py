@@ -227,13 +227,13 @@ def main() -> None:
             }
             found.pop(REFERENCE, None)
             cases.append({"vocab": vocab, "dtype": dtype, "contenders": found})
-    result = {
-        "machine": contenders.machine(),
-        "commit": contenders.commit(),
-        "settings": shared,
-        "cases": cases,
-    }
-    contenders.write(options.name, result, render(result))
+            result = {
+                "machine": contenders.machine(),
+                "commit": contenders.commit(),
+                "settings": shared,
+                "cases": cases,
+            }
+            contenders.write(options.name, result, render(result))  # after each: some take minutes
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ inline KlOptions kl_options(const char* op, int64_t estimator, bool straight_thr
 
 template <class A>
 struct KlForward {
-  static constexpr bool kSimd = true;
+  static constexpr bool kSimd = true, kFullRuns = std::is_same_v<A, float>;
   const A *logprobs, *ref_logprobs;
   A* penalty;
   KlOptions options;
@@ -69,7 +69,7 @@ struct KlForward {
 
 template <class A>
 struct KlBackward {
-  static constexpr bool kSimd = true;
+  static constexpr bool kSimd = true, kFullRuns = std::is_same_v<A, float>;
   const A *grad, *logprobs, *ref_logprobs;
   A* grad_logprobs;
   KlOptions options;
@@ -145,7 +145,7 @@ struct LastTokenFinish {
 
 template <class A>
 struct ShapeForward {
-  static constexpr bool kSimd = true;
+  static constexpr bool kSimd = true, kFullRuns = std::is_same_v<A, float>;
   const A *scores, *logprobs, *ref_logprobs;
   const int64_t* last;  // [rows]
   A* rewards;
@@ -162,7 +162,7 @@ struct ShapeForward {
 
 template <class A>
 struct ShapeBackward {
-  static constexpr bool kSimd = true;
+  static constexpr bool kSimd = true, kFullRuns = std::is_same_v<A, float>;
   const A *grad, *scores, *logprobs, *ref_logprobs;
   const int64_t* last;
   A *grad_scores, *grad_logprobs;  // grad_scores starts at zero

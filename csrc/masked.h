@@ -141,10 +141,16 @@ struct WhitenForward {
   const Whitening* w;
   A* whitened;
   bool shift_mean;
-  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
-    const double value = (x[i] - w->mean) * w->scale + (shift_mean ? 0.0 : w->mean);
-    whitened[i] = static_cast<A>(weight != 0 ? value : 0.0);
-  }
+
+  struct Tokens {
+    const A* x;
+    A* whitened;
+    double mean, scale, shift;
+    HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
+      whitened[i] = static_cast<A>(weight != 0 ? (x[i] - mean) * scale + shift : 0.0);
+    }
+  };
+  HOST_DEVICE Tokens of_row(int64_t) const { return {x, whitened, w->mean, w->scale, shift_mean ? 0.0 : w->mean}; }
 };
 
 // dL/dx_j = g_j s + (w_j / n) (keep - s) sum g - w_j (x_j - mean) s^3 / divisor * sum g (x - mean),  s the scale, keep 0 or 1
@@ -184,11 +190,19 @@ struct WhitenBackward {
   const double* totals;
   A* grad_x;
   bool shift_mean;
-  HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
+
+  struct Tokens {
+    const A *grad, *x;
+    A* grad_x;
+    double mean, scale, through_mean, through_scale;
+    HOST_DEVICE void operator()(int64_t, int64_t i, double weight) const {
+      const double gradient = grad[i] * scale + weight * (through_mean - (x[i] - mean) * through_scale);
+      grad_x[i] = static_cast<A>(weight != 0 ? gradient : 0.0);
+    }
+  };
+  HOST_DEVICE Tokens of_row(int64_t) const {
     const double s = w->scale, keep = shift_mean ? 0.0 : 1.0;
-    const double through_mean = weight / w->weight_sum * (keep - s) * totals[0];
-    const double through_scale = weight * (x[i] - w->mean) * s * s * s / w->divisor * totals[1];
-    grad_x[i] = static_cast<A>(weight != 0 ? grad[i] * s + through_mean - through_scale : 0.0);
+    return {grad, x, grad_x, w->mean, s, (keep - s) / w->weight_sum * totals[0], s * s * s / w->divisor * totals[1]};
   }
 };
 

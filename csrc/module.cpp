@@ -1,5 +1,9 @@
 // The Python module: importing it loads the library, which registers the ops. What it offers itself: build_info(), the plan of
 // on_chip.h, and calls of the kernels past torch's dispatcher.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("Os")  // pybind11's code, not the kernels': 16 KB of the wheel
+#endif
+
 #include <array>
 #include <optional>
 #include <string>

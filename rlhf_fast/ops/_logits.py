@@ -17,9 +17,9 @@ def accumulate_dtype(logits: Tensor) -> torch.dtype:
 
 def options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index):
     """(temperatures or None, temperature, cap or 0, scale, ignore_index), checked."""
-    if softcap is None and type(temperature) is float is type(logit_scale) and type(ignore_index) is int:
-        if 0 < temperature < _INF and 0 < logit_scale < _INF and -_INT64 <= ignore_index < _INT64:
-            return None, temperature, 0.0, logit_scale, ignore_index  # as below, in a third of the time
+    usual = softcap is None and type(temperature) is float is type(logit_scale) and type(ignore_index) is int
+    if usual and 0 < temperature < _INF and 0 < logit_scale < _INF and -_INT64 <= ignore_index < _INT64:
+        return None, temperature, 0.0, logit_scale, ignore_index  # as below, in a third of the time
     cap = 0.0 if softcap is None else number(op, "softcap", softcap, above=0.0, none=0.0)
     scale = number(op, "logit_scale", logit_scale, above=0.0)
     ignore_index = integer(op, "ignore_index", ignore_index)

@@ -69,7 +69,12 @@ def gather_logprobs(
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
     op = "gather_logprobs"
-    if type(logits) is Tensor is type(labels) and mask is None is kept and type(temperature) is float and not is_compiling():
+    if (
+        type(logits) is Tensor is type(labels)
+        and mask is None is kept
+        and type(temperature) is float
+        and not is_compiling()
+    ):
         # The usual call goes to the kernel at once: for few rows the checks take as long. What it refuses comes to them yet.
         _, *options = _logits.options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index)
         if type(with_entropy) is bool is type(inplace_backward):
