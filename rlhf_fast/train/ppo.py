@@ -226,6 +226,13 @@ class PPOConfig(loop.TrainConfig):
         choices=("stop", "warn"),
         source="arXiv 2210.10760",
     )
+    patience: int | None = option(
+        None,
+        "early stopping: end, and keep the best policy, after so many looks of the judge in a row that are no better than the "
+        "best while the reward is above what it was then; none: never, as chance stops a policy that no longer changes",
+        minimum=1,
+        source="doi 10.1007/3-540-49430-8_3",
+    )
 
 
 def train(
@@ -324,12 +331,12 @@ def train(
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded, state) as stage:
         if guard:
             guard.begin(state.step)
-        alarm = None
         left = prompt_batches(len(prompts), config.batch_size // each, updates - state.step, order, so_far.waiting)
         for update, drawn in stage.steps(left):
             batch = [row for row in drawn for _ in range(each)]
             rates = learning_rates(update, updates, config)
             where, asked = f"ppo update {update}", [prompts[i] for i in batch]
+            alarm = early_stop = None
             with keeping(out, where, asked, config):
                 experience = collect(
                     models, asked, [queries[i] for i in batch], so_far.kl_coef, config, stop, so_far.moments
@@ -351,18 +358,21 @@ def train(
             results |= {"eps": episode / stage.seconds, "tokens_per_second": so_far.tokens / stage.seconds}
             if guard and (update % config.eval_every == 0 or update == updates):
                 results |= guard.look(update)
-                alarm = guard.alarm()
+                alarm, early_stop = guard.alarm(), guard.early_stop()
             told = completions(experience) if is_told(update, updates, config.num_sample_generations) else ()
             stage.log(update, results, show=SHOWN, completions=told)
             so_far.kl_coef, so_far.results = adapted(so_far.kl_coef, results["objective/kl"], config), results
             if alarm:
-                loop.say(f"ppo update {update}: over-optimisation: {alarm}")
-            if alarm and config.guard == "stop":
+                loop.say(f"{where}: over-optimisation: {alarm}")
+            elif early_stop:
+                loop.say(f"{where}: early stopping, which is no proof of over-optimisation: {early_stop}")
+            if (alarm or early_stop) and config.guard == "stop":
                 break
         policy = models.policy if models.average is None else narrowed(models.average, models.policy)
         if guard:
-            so_far.results |= guard.conclusion()
-            policy = guard.load_best() if distributed.is_main() and guard.alarm() and config.guard == "stop" else policy
+            so_far.results |= (said := guard.conclusion())
+            stopped = config.guard == "stop" and (said["alarm"] or said["early_stop"])
+            policy = guard.load_best() if distributed.is_main() and stopped else policy
         policy.generation_config = generation_config(
             models.tokenizer, config.response_length, config.temperature, stop=stop
         )
@@ -386,7 +396,8 @@ def watch(
     if not prompts:
         raise UserError("ppo: 'eval_every' needs held-out prompts; raise heldout_fraction or set eval_every 0")
     settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
-    return Guard(judged_models(models), judge, prompts, [encoder.prompt(prompt) for prompt in prompts], settings, out)
+    queries = [encoder.prompt(prompt) for prompt in prompts]
+    return Guard(judged_models(models), judge, prompts, queries, settings, out, config.patience)
 
 
 def judged_models(models: Models) -> Models:
@@ -409,6 +420,14 @@ def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None
     if config.eval_every and judge is None and config.judge is None:
         raise UserError(
             "ppo: 'eval_every' needs a judge, which the reward itself cannot be; give 'judge' or eval_every 0"
+        )
+    if config.patience is not None and not config.eval_every:
+        raise UserError(
+            f"ppo: 'patience' {config.patience} counts looks of the judge, and eval_every is 0; set that, or leave it none"
+        )
+    if config.patience is not None and config.guard == "warn":
+        raise UserError(
+            f"ppo: 'patience' {config.patience} stops training, which guard warn never does; set guard stop, or leave it none"
         )
     if config.batch_size % config.num_mini_batches:
         raise UserError(
