@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,8 @@ from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Prompt, read_demonstrations, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import Judge, PairJudge, distinct_n
-from rlhf_fast.train.finite import blaming, check_finite, keeping
-from rlhf_fast.train.generate import EOS, STOP_TOKEN, generation_config, stop_ids
+from rlhf_fast.train.finite import blaming, check_finite, keeping, padded
+from rlhf_fast.train.generate import EOS, STOP_TOKEN, Sample, generation_config, stop_ids
 from rlhf_fast.train.guard import Guard, Settings
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
@@ -319,7 +320,10 @@ def train(
     if dry_run:
         few = partial(first_experience, models, prompts, queries, config, stop)
         sizes = {"prompt_tokens": max(map(len, queries)), "updates": updates, "group": each}
-        gradient = partial(gradient_of_rows, models, config, order, ptx)
+
+        def gradient(batch: Advantaged, rows: Sequence[int]) -> dict[str, Tensor]:
+            return accumulate_gradient(batch, rows, models, config, draw(ptx, len(rows), order))
+
         estimate.rollouts(config, models, optimizer, few, gradient, **sizes, device=device)
         return out
     so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], moments=[0.0, 0.0, 0.0], results={})
@@ -670,18 +674,20 @@ def optimize(
     learning = {"value": models.value} if warming else models.trained
     count, samples = len(batch.scored.scores), batch.scored.rollout.samples
     means, done = loop.Means(), []
-    alone = partial(gradient_of_row, batch, models, config)
+    alone = partial(gradient_of_row, batch, models, config, warming=warming)
     for _ in range(config.num_ppo_epochs):
         minibatches = torch.randperm(count, generator=order).chunk(config.num_mini_batches)
         for rows in minibatches:
             rows = rows.tolist()
-            with blaming(models.trained, {row: row for row in rows}, alone, partial(all_tensors, batch), samples):
-                stats = gradient_of_rows(models, config, order, () if warming else ptx, batch, rows)
+            written = draw(() if warming else ptx, len(rows), order)
+            with (
+                blaming_written(written, models, config),
+                blaming(learning, {row: row for row in rows}, alone, partial(all_tensors, batch), lambda: samples),
+            ):
+                stats = accumulate_gradient(batch, rows, models, config, written, warming=warming)
                 losses = {name: stat for name, stat in stats.items() if name.startswith("loss/")}
                 if config.checks and not done:
                     checks.check_first_ratio(stats["val/ratio"], stats["val/ratio_var"], models.policy.dtype, where)
-                if warming:
-                    models.policy.zero_grad(set_to_none=True)
                 norms = loop.clip_and_step(
                     optimizer, learning, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
                 )
@@ -701,32 +707,54 @@ def follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
         kept.lerp_(now.to(kept.dtype), 1 - decay)
 
 
-def gradient_of_rows(
-    models: Models,
-    config: PPOConfig,
-    order: torch.Generator,
-    ptx: Sequence[Example],
-    batch: Advantaged,
-    rows: Sequence[int],
+def draw(ptx: Sequence[Example], count: int, order: torch.Generator) -> list[Example]:
+    """So many of the written replies, if there are any, with replacement."""
+    return [ptx[row] for row in torch.randint(len(ptx), (count,), generator=order).tolist()] if ptx else []
+
+
+def gradient_of_row(
+    batch: Advantaged, models: Models, config: PPOConfig, row: int, *, warming: bool = False
 ) -> dict[str, Tensor]:
-    """`accumulate_gradient`, of as many of the written replies `ptx` as of `rows`, drawn with replacement."""
-    drawn = torch.randint(len(ptx), (len(rows),), generator=order).tolist() if ptx else []
-    return accumulate_gradient(batch, rows, models, config, [ptx[row] for row in drawn])
+    return add_gradient(batch, [row], models, config, warming=warming)
 
 
-def gradient_of_row(batch: Advantaged, models: Models, config: PPOConfig, row: int) -> dict[str, Tensor]:
-    return add_gradient(batch, [row], models, config)
+@contextmanager
+def blaming_written(written: Sequence[Example], models: Models, config: PPOConfig) -> Iterator[None]:
+    """`blaming` of the written replies of a minibatch."""
+    tokenizer = models.tokenizer
+
+    def alone(example: Example) -> dict[str, Tensor]:
+        parts = [[example]]
+        return accumulate_loss(models.policy, parts, tokenizer.pad_token_id, config.full_logits, weight=config.ptx_coef)
+
+    def tensors() -> dict[str, Tensor]:
+        made = padded([example.ids for example in written], tokenizer.pad_token_id) if written else {}
+        return {f"ptx_{name}": tensor for name, tensor in made.items()}
+
+    def samples() -> list[Sample]:
+        halves = [(example.ids[: example.start], example.ids[example.start :]) for example in written]
+        texts = [tokenizer.batch_decode(list(half), skip_special_tokens=True) for half in halves]
+        return [Sample(prompt, reply, True) for prompt, reply in texts]
+
+    with blaming(models.trained, dict(enumerate(written)), alone, tensors, samples, part="ptx"):
+        yield
 
 
 def accumulate_gradient(
-    batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig, written: Sequence[Example] = ()
+    batch: Advantaged,
+    rows: Sequence[int],
+    models: Models,
+    config: PPOConfig,
+    written: Sequence[Example] = (),
+    *,
+    warming: bool = False,
 ) -> dict[str, Tensor]:
     """`add_gradient` of a minibatch, and `add_ptx_gradient` of replies, by all processes together, each its share of both.
 
     Returns losses and statistics of the whole, the same in all of them.
     """
     own = distributed.share(rows, batch.scored.rollout.lengths)
-    stats = add_gradient(batch, own, models, config, rows)
+    stats = add_gradient(batch, own, models, config, rows, warming=warming)
     if written:
         stats |= add_ptx_gradient(written, models, config)
     return with_variance(distributed.combined(models.trained, stats))
@@ -754,6 +782,8 @@ def add_gradient(
     models: Models,
     config: PPOConfig,
     batch_rows: Sequence[int] | None = None,
+    *,
+    warming: bool = False,
 ) -> dict[str, Tensor]:
     """Add the gradient of the losses over the response tokens of a minibatch -> its losses and statistics.
 
@@ -761,7 +791,8 @@ def add_gradient(
     exact. With rloo the ratios, and what is said of them, are those of whole replies.
 
     batch_rows: those of the whole minibatch, where `rows` are only this process's share. The statistics are shares of the
-    whole, `val/ratio_var` the second moment about 1.
+    whole, `val/ratio_var` the second moment about 1. warming: only the value model gets a gradient, and the policy is read
+    for its statistics alone.
     """
     scored, rollout = batch.scored, batch.scored.rollout
     whole = rows if batch_rows is None else batch_rows
@@ -790,18 +821,20 @@ def add_gradient(
             options |= limits | {"normalizer": tokens}
             if config.advantage == "grpo":
                 options |= group.kl_options(scored.ref_logprobs[place], batch.kl_coef)
-            loss, policy_stats = response_ppo_loss(
-                models.policy,
-                ids,
-                mask,
-                length,
-                old,
-                advantages,
-                response_mask,
-                entropy_coef=config.entropy_coef,
-                **options,
-            )
-        loss.backward()
+            with torch.set_grad_enabled(not warming):
+                loss, policy_stats = response_ppo_loss(
+                    models.policy,
+                    ids,
+                    mask,
+                    length,
+                    old,
+                    advantages,
+                    response_mask,
+                    entropy_coef=config.entropy_coef,
+                    **options,
+                )
+        if not warming:
+            loss.backward()
         shift = policy_stats["ratio_mean"] - 1
         part = {
             "loss/policy_avg": policy_stats["policy_loss"],

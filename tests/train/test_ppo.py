@@ -414,6 +414,37 @@ def test_the_cases_reach_every_branch_they_are_named_after(tmp_path):
     assert (short[(lengths < 4) | (lengths == 10)] == -1).all() and (short[(lengths >= 4) & (lengths < 10)] != -1).all()
 
 
+@pytest.mark.parametrize("full_logits", [False, True])
+def test_critic_warm_up_reads_the_policy_and_makes_no_gradient_of_it(tmp_path, monkeypatch, full_logits):
+    config = options(critic_warmup=1, micro_batch_size=3, full_logits=full_logits)
+    original, results = ppo.add_gradient, {}
+    for name in ("thrown away", "never made"):
+        models = build_models(tmp_path / name)
+        called = []
+        for part, model in models.trained.items():
+            for parameter in model.parameters():
+                parameter.register_hook(lambda gradient, part=part, called=called: called.append(part))
+
+        def thrown_away(*arguments, warming, models=models):
+            stats = original(*arguments)
+            models.policy.zero_grad()
+            return stats
+
+        with monkeypatch.context() as patch:
+            if name == "thrown away":
+                patch.setattr(ppo, "add_gradient", thrown_away)
+            optimizer = loop.adamw(models.trained.values(), weight_decay=0.1, epsilon=1e-5)
+            order = torch.Generator().manual_seed(3)
+            batch = play(models, config)
+            stats = ppo.optimize(batch, models, optimizer, config, order, rate=0.02, where="test", warming=True)
+        assert set(called) == ({"policy", "value"} if name == "thrown away" else {"value"})
+        results[name] = stats, models.value.state_dict(), models.policy.state_dict()
+    (stats, *weights), (expected_stats, *expected) = results["never made"], results["thrown away"]
+    assert stats == expected_stats
+    for mine, theirs in zip(weights, expected, strict=True):
+        assert all(mine[name].equal(theirs[name]) for name in theirs)
+
+
 def test_dual_clip_and_the_limit_of_the_log_ratio_change_the_loss(tmp_path):
     losses = {}
     for name, case in {"none": {}, "dual": {"dual_clip": 1.02}, "held": {"log_ratio_clip": 0.01}}.items():
