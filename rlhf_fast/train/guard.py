@@ -6,7 +6,8 @@ and what the judge thinks rise together at first; where the reward is wrong abou
 
 Two rules say when. The alarm wants a fall that chance does not explain, which a judge who hardly likes the policy better than
 its start shows only after the policy is worse than that. Early stopping (Prechelt 1998, doi 10.1007/3-540-49430-8_3) counts
-looks without testing anything: it is sooner, stops a policy that merely no longer improves, and so has to be asked for.
+looks without testing anything: it is sooner, stops a policy that merely no longer improves, and so has to be asked for. It
+waits until the policy was once better than its start, as before there is nothing to keep.
 """
 
 from __future__ import annotations
@@ -131,15 +132,16 @@ class Guard:
         )
 
     def early_stop(self) -> str | None:
-        """What ran out, if the judge liked the policy no better than once before at each of the last `patience` looks, and
-        the reward was above what it was then at each of them.
+        """What ran out, if at each of the last `patience` looks the judge liked the policy no better than when it was best,
+        and the reward was above what it was then.
 
         Means alone are compared. A look at which the reward is no higher begins the count anew: PPO is then not being paid
-        for what the judge does not see.
+        for what the judge does not see. While the start is the best there is no count: the first updates of a policy that
+        gets better later are worse than it about half of the time.
         """
-        if self.patience is None:
-            return None
         best, now = self.best, self.history[-1]
+        if self.patience is None or not best["update"]:
+            return None
         last = [look for look in self.history if look["update"] > best["update"]][-self.patience :]
         if len(last) < self.patience or any(look["eval/reward"] <= best["eval/reward"] for look in last):
             return None

@@ -230,7 +230,8 @@ class PPOConfig(loop.TrainConfig):
     patience: int | None = option(
         None,
         "early stopping: end, and keep the best policy, after so many looks of the judge in a row that are no better than the "
-        "best while the reward is above what it was then; none: never, as chance stops a policy that no longer changes",
+        "best (not the start) while the reward is above what it was then; none: never, as chance stops a policy that no longer "
+        "changes",
         minimum=1,
         source="doi 10.1007/3-540-49430-8_3",
     )

@@ -97,6 +97,14 @@ def test_patience_counts_looks_that_are_no_better_while_the_reward_is_above_that
     assert watched(*history, flat(4, 1.1, 1.3), patience=1).early_stop() is None  # the best so far
 
 
+def test_patience_does_not_run_out_before_the_policy_was_better_than_its_start():
+    history = [flat(0, 1.0, 0.0), flat(1, 0.9, 1.0), flat(2, 0.8, 1.1)]
+    assert watched(*history, patience=1).early_stop() is None
+    history += [flat(3, 1.1, 1.2), flat(4, 1.0, 1.3)]
+    assert watched(*history[:-1], patience=1).early_stop() is None
+    assert "of update 3" in watched(*history, patience=1).early_stop()
+
+
 def test_patience_begins_anew_where_the_reward_is_no_higher():
     history = [flat(0, 0.0, 0.0), flat(1, 1.0, 1.0), flat(2, 0.9, 1.1), flat(3, 0.9, 1.0), flat(4, 0.9, 1.1)]
     assert watched(*history, patience=2).early_stop() is None
@@ -206,15 +214,21 @@ def test_it_only_warns_where_that_is_asked_and_once_a_look(files, tmp_path, caps
 
 
 def test_patience_stops_keeps_the_best_and_says_that_it_proves_nothing(files, tmp_path, capsys):
-    out = run(files, tmp_path / "ppo", lambda samples: [0.0] * len(samples), patience=2)
+    asked = []
+
+    def once_better(samples):
+        asked.append(samples)
+        return [float(len(asked) > 2)] * len(samples)  # the first look asks twice; then the same for ever
+
+    out = run(files, tmp_path / "ppo", once_better, patience=2)
     log, results = tiny.read_log(out), json.loads((out / "stage.json").read_text())["results"]
-    assert results["alarm"] is None and results["best_update"] == 0 and "2 looks in a row" in results["early_stop"]
-    rewards = [line["eval/reward"] for line in log]
-    first = json.loads((out / "looks.jsonl").read_text().splitlines()[0])["eval/reward"]
-    above = [reward > first for reward in rewards]
+    assert results["alarm"] is None and results["best_update"] == 1 and "2 looks in a row" in results["early_stop"]
+    above = [line["eval/reward"] > log[0]["eval/reward"] for line in log]
     assert above[-2:] == [True, True] and not any(map(all, pairwise(above[:-1]))) and len(log) < 12
-    kept, base = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (out, files / "base"))
-    assert all(kept[name].equal(base[name]) for name in base)
+    kept, best, base = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (out, out / "best", files / "base")
+    )
+    assert all(kept[name].equal(best[name]) for name in kept) and any(not kept[name].equal(base[name]) for name in kept)
     said = capsys.readouterr().err
     assert f"ppo update {len(log)}: early stopping, which is no proof of over-optimisation: at 2 looks" in said
     assert said.count("over-optimisation") == 1
