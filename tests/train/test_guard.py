@@ -118,7 +118,7 @@ def test_patience_is_sooner_than_a_fall_that_chance_does_not_explain():
     assert slow.alarm() is None and "of update 1" in slow.early_stop()
 
 
-@pytest.mark.parametrize(("patience", "low", "high"), [(2, 85, 100), (5, 25, 60), (10, 0, 10)])
+@pytest.mark.parametrize(("patience", "low", "high"), [(2, 80, 90), (5, 25, 45), (10, 2, 15)])
 def test_patience_stops_most_policies_that_no_longer_change(patience, low, high):
     """Why nobody is given it unasked: of twenty looks at one policy, judged and paid by chance alone."""
     chance, stops = random.Random(patience), 0
@@ -147,6 +147,7 @@ def run(files, out, judge, **changes):
     chosen = {"model": str(files / "base"), "data": str(files / "pairs.jsonl"), "output_dir": str(out)}
     chosen |= {"heldout_fraction": 0.3, "batch_size": 32, "total_episodes": 12 * 32, "response_length": 12}
     chosen |= {"missing_eos": "none", "kl_coef": 0.0, "learning_rate": 1e-2, "temperature": 1.0, "eval_every": 1}
+    chosen |= {"num_ppo_epochs": 2}
     return ppo.train(ppo.PPOConfig(**(chosen | changes)), reward=count_a, judge=judge)
 
 

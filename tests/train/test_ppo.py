@@ -609,6 +609,7 @@ def stage_config(files, out, **changes):
         "batch_size": 16,
         "heldout_fraction": 0.2,
         "total_episodes": 48,
+        "num_ppo_epochs": 2,
         "num_mini_batches": 2,
         "response_length": 12,
         "learning_rate": 3e-3,
@@ -629,7 +630,12 @@ def test_every_architecture_goes_through_all_three_stages(tmp_path, architecture
     shared = {"data": str(data), "heldout_fraction": 0.2, "dtype": dtype}
     sft_dir = sft.train(
         sft.SFTConfig(
-            model=str(base), output_dir=str(tmp_path / "sft"), learning_rate=5e-3, max_response_tokens=16, **shared
+            model=str(base),
+            output_dir=str(tmp_path / "sft"),
+            learning_rate=5e-3,
+            num_train_epochs=1,
+            max_response_tokens=16,
+            **shared,
         )
     )
     reward_dir = reward.train(
@@ -650,6 +656,7 @@ def test_every_architecture_goes_through_all_three_stages(tmp_path, architecture
             output_dir=str(tmp_path / "ppo"),
             batch_size=8,
             total_episodes=24,
+            num_ppo_epochs=1,
             num_mini_batches=2,
             response_length=12,
             learning_rate=1e-3,
@@ -676,10 +683,10 @@ def test_any_function_can_be_the_reward_and_is_optimised(files, tmp_path):
     config = stage_config(
         files,
         tmp_path / "ppo",
-        total_episodes=25 * 32,
+        total_episodes=15 * 32,
         batch_size=32,
         kl_coef=0.01,
-        learning_rate=1e-2,
+        learning_rate=2e-2,
         temperature=1.0,
         missing_eos="none",
         micro_batch_size=0,
