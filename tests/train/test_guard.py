@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from itertools import pairwise
 
 import pytest
@@ -209,7 +210,8 @@ def test_a_run_that_was_killed_sees_the_same(files, tmp_path, monkeypatch):
 
 def test_it_only_warns_where_that_is_asked_and_once_a_look(files, tmp_path, capsys):
     out = run(files, tmp_path / "ppo", against_a, guard="warn", total_episodes=8 * 32, eval_every=2)
-    assert len(tiny.read_log(out)) == 8 and 2 <= capsys.readouterr().err.count("over-optimisation") <= 4
+    told = re.findall(r"ppo update (\d+): over-optimisation", capsys.readouterr().err)
+    assert len(tiny.read_log(out)) == 8 and len(told) >= 2 and set(told) <= {"2", "4", "6", "8"}
     kept, best = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (out, out / "best"))
     assert any(not kept[name].equal(best[name]) for name in kept)
 
