@@ -136,8 +136,8 @@ class Guard:
         and the reward was above what it was then.
 
         Means alone are compared. A look at which the reward is no higher begins the count anew: PPO is then not being paid
-        for what the judge does not see. While the start is the best there is no count: the first updates of a policy that
-        gets better later are worse than it about half of the time.
+        for what the judge does not see. While the start is the best there is no count: a policy that gets better later may
+        well begin by getting worse.
         """
         best, now = self.best, self.history[-1]
         if self.patience is None or not best["update"]:

@@ -152,9 +152,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_update_is_the_published_algorithm(tmp_path, case):
+def test_one_update_is_the_published_algorithm(case):
     config = CASES[case]
-    models, twins = without_value(build_models(tmp_path)), build_models(tmp_path / "twins")
+    models, twins = without_value(build_models()), build_models()
     batch = play(models, config)
     replies = batch.scored.rollout
     expected = Transcription(twins, replies, config)
@@ -182,11 +182,11 @@ def test_one_update_is_the_published_algorithm(tmp_path, case):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_groups_without_spread_are_counted_and_teach_nothing(tmp_path):
+def test_groups_without_spread_are_counted_and_teach_nothing():
     scores = torch.tensor([1.0, 1.0, 1.0, 2.0])
     assert group.describe(scores, 2) == pytest.approx({"reward_std": 0.5, "frac_reward_zero_std": 0.5})
     config = chosen("grpo", missing_eos="none")
-    models = without_value(build_models(tmp_path))
+    models = without_value(build_models())
     batch = play(dataclasses.replace(models, reward=lambda samples: [3.0] * 4 + [0.0, 1.0, 2.0, 3.0]), config)
     assert not batch.advantages[:4].any() and batch.advantages[4:].all()
 
