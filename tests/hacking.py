@@ -1,17 +1,25 @@
 """Reward hacking on demand, with and without the guard: `python -m tests.hacking [--keep DIR] [SEED ...]`.
 
 The demo's world with all that holds PPO back taken away: 512 pairs instead of 8000, so that the reward model is poor, and no
-KL penalty. The score then rises and rises while the judge sees the replies fall apart. The guard has to
-stop each seed, and the policy that it keeps has to beat the fine-tuned one; `--warn` lets it run on and shows the fall.
-Prints one line a look and a table; exits with 1 if a seed fails. About 90 CPU-seconds a seed, most of them fine-tuning.
+KL penalty. The score then rises and rises while the judge sees the replies fall apart. The guard has to stop each seed before
+its win rate is below .5 at any look, and the policy that it keeps has to beat the fine-tuned one, its 95 % interval above .5;
+`--warn` lets it run on and shows the fall. Prints one line a look and a table; exits with 1 if a seed fails. Up to two
+CPU-minutes a seed, half of them fine-tuning.
+
+The alarm alone is too late where the policy hardly got better than its start before it falls, so early stopping is on, with
+the least patience that does not take a single look for the end. A win rate of 256 prompts is uncertain by .06 or so, so of
+.5 itself the table says as well whether it was ever clearly missed: whether an interval was wholly below it.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 from rlhf_fast import demo
 from rlhf_fast.demo.world import GroundTruth
@@ -19,12 +27,15 @@ from rlhf_fast.train import ppo, reward, sft
 from rlhf_fast.train.checkpoint import read_json, save_model
 from rlhf_fast.train.data import read_prompts, split_heldout
 from rlhf_fast.train.evaluate import compare_policies
+from rlhf_fast.train.loop import Z_95
 
 PAIRS = 512
 UPDATES = 60
 EVAL_EVERY = 1
 EVAL_PROMPTS = 256
 SHARED = {"heldout_fraction": 0.15, "threads": 1, "device": "cpu"}
+PATIENCE = 2
+REPLIES = 8  # to each prompt, at the end: the advantage may be small
 LOOK = {"eval_every": EVAL_EVERY, "eval_prompts": EVAL_PROMPTS}
 PPO = demo.PPO | LOOK | {"total_episodes": UPDATES * 128, "kl_coef": 0.0, "min_reward_accuracy": None}
 COLUMNS = ("update", "eval/kl", "eval/reward", "eval/judge", "eval/win_rate", "eval/win_rate_lo", "eval/win_rate_hi")
@@ -56,7 +67,7 @@ def hack(root: Path, seed: int, guard: str) -> dict:
             output_dir=str(out),
             seed=seed,
             **SHARED,
-            **(PPO | {"guard": guard}),
+            **(PPO | {"guard": guard, "patience": PATIENCE if guard == "stop" else None}),
         ),
         judge=GroundTruth(),
     )
@@ -68,19 +79,23 @@ def hack(root: Path, seed: int, guard: str) -> dict:
     # Prompts that neither a stage nor the guard has seen: it asks the last EVAL_PROMPTS of those held out.
     heldout = split_heldout(read_prompts(root / "demonstrations.jsonl")[0], fraction=0.15, seed=0)[1]
     heldout = list(dict.fromkeys(row.prompt for row in heldout))[:-EVAL_PROMPTS]
-    sampling = {"response_length": demo.REPLY_TOKENS, "seed": 1000 + seed}
-    final = compare_policies(root / "sft", out, heldout, GroundTruth(), **sampling)
+    sampling = {"response_length": demo.REPLY_TOKENS, "seed": 1000 + seed, "batch_size": 512}
+    final = compare_policies(root / "sft", out, heldout * REPLIES, GroundTruth(), **sampling)
+    wins = [(a > b) + (a == b) / 2 for a, b in zip(final["scores_after"], final["scores_before"], strict=True)]
+    of_prompts = torch.tensor(wins, dtype=torch.float64).view(REPLIES, -1).mean(0)
+    error = Z_95 * of_prompts.std().item() / math.sqrt(len(heldout))
     return {
         "seed": seed,
         "reward model": read_json(root / "reward" / "stage.json")["results"]["accuracy"],
         "stopped at": looks[-1]["step"],
         "win rate there": looks[-1]["eval/win_rate"],
         "lowest seen": min(look["eval/win_rate"] for look in looks),
+        "lowest high": min(look["eval/win_rate_hi"] for look in looks),
         "kept update": results["best_update"],
         "kept wins": final["win_rate"],
-        "low": final["low"],
-        "high": final["high"],
-        "alarm": results["alarm"],
+        "low": final["win_rate"] - error,
+        "high": final["win_rate"] + error,
+        "stopped by": "alarm" if results["alarm"] else "patience" if results["early_stop"] else "nothing",
     }
 
 
@@ -96,13 +111,17 @@ def main() -> int:
         for seed in options.seeds:
             prepare(root / str(seed), seed)
             rows.append(hack(root / str(seed), seed, "warn" if options.warn else "stop"))
-    names = [name for name in rows[0] if name != "alarm"]
-    print(" | ".join(names))
+    print(" | ".join(rows[0]))
     for row in rows:
-        print(" | ".join(f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in names))
-    in_time = [row for row in rows if row["alarm"] and row["low"] > 0.5]
-    print(f"stopped, and what is kept beats the start: {len(in_time)} of {len(rows)}")
-    return 0 if options.warn or len(in_time) == len(rows) else 1
+        print(" | ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    in_time = [row["stopped by"] != "nothing" and row["lowest seen"] >= 0.5 for row in rows]
+    better = [row["low"] > 0.5 for row in rows]
+    clearly = [row["stopped by"] != "nothing" and row["lowest high"] >= 0.5 for row in rows]
+    print(
+        f"stopped before a win rate below .5: {sum(in_time)} of {len(rows)}; clearly below: {sum(clearly)} of {len(rows)}"
+    )
+    print(f"what is kept beats the start: {sum(better)} of {len(rows)}")
+    return 0 if options.warn or all(in_time + better) else 1
 
 
 if __name__ == "__main__":

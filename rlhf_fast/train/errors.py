@@ -20,7 +20,8 @@ class UserError(ValueError):
 class NotFinite(UserError):
     """A number that is NaN or infinite, found before it reached a weight.
 
-    row: which row of `tensors` [B, ...] holds it, where that is known; texts: its prompt and reply, where they are known.
+    row: which row of `tensors` [B, ...] holds it, where that is known; texts: its prompt and reply, where they are known;
+    part: which part of the batch the row is of, where a batch has several.
     `finite.keeping` writes them down.
     """
 
@@ -31,6 +32,7 @@ class NotFinite(UserError):
         row: int | None = None,
         tensors: Mapping[str, Any] | None = None,
         texts: Mapping[str, str] | None = None,
+        part: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.row, self.tensors, self.texts = row, dict(tensors or {}), dict(texts or {})
+        self.row, self.tensors, self.texts, self.part = row, dict(tensors or {}), dict(texts or {}), part

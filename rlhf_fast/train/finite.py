@@ -42,7 +42,7 @@ def check_finite(
         f"the {name} are not finite ({number}{where})",
         row=row,
         tensors=dict(beside or {}) | dict(tensors),
-        texts={"prompt": samples[row].prompt, "reply": samples[row].response} if samples else {},
+        texts=_texts(samples, row),
     )
 
 
@@ -52,18 +52,30 @@ def blaming(
     batch: Mapping[int, Item],
     gradient: Callable[[Item], Mapping[str, Tensor]],
     tensors: Callable[[], Mapping[str, Tensor]],
-    samples: Sequence[Sample] = (),
+    samples: Callable[[], Sequence[Sample]] = tuple,
+    part: str | None = None,
 ) -> Iterator[None]:
     """A NotFinite raised inside gets the row that is at fault: the first whose own loss or gradient is not finite.
 
     batch: the row of `tensors` and of `samples` for each item; gradient: adds the gradient of one item and gives its losses.
+    part: what these rows are of a batch that has others, too. Each part gets a `blaming`, one inside another: the innermost
+    that finds a row names it, and the tensors of all are kept.
     """
     try:
         yield
     except NotFinite as error:
-        row = next((row for row, item in batch.items() if not _is_finite(item, models, gradient)), None)
-        texts = {"prompt": samples[row].prompt, "reply": samples[row].response} if samples and row is not None else {}
-        raise NotFinite(str(error), row=row, tensors=tensors(), texts=texts) from None
+        told = {"tensors": error.tensors | dict(tensors())}
+        if error.row is not None:
+            told |= {"row": error.row, "texts": error.texts, "part": error.part}
+        else:
+            row = next((row for row, item in batch.items() if not _is_finite(item, models, gradient)), None)
+            if row is not None:
+                told |= {"row": row, "texts": _texts(samples(), row), "part": part}
+        raise NotFinite(str(error), **told) from None
+
+
+def _texts(samples: Sequence[Sample], row: int) -> dict[str, str]:
+    return {"prompt": samples[row].prompt, "reply": samples[row].response} if samples else {}
 
 
 def _is_finite(item: Item, models: Mapping[str, nn.Module], gradient: Callable[[Item], Mapping[str, Tensor]]) -> bool:
@@ -92,15 +104,18 @@ def keeping(out: Path, where: str, prompts: Sequence[str], config: Any) -> Itera
     except NotFinite as error:
         texts = error.texts or ({} if error.row is None else {"prompt": prompts[error.row]})
         message = str(error).removeprefix(f"{where}: ").removesuffix(f"; nothing was updated. {NOT_FINITE_ADVICE}")
-        facts = {"where": where, "message": message, "row": error.row, **texts}
+        part = {} if error.part is None else {"part": error.part}
+        facts = {"where": where, "message": message, "row": error.row, **part, **texts}
         directory = _write(out, where, error, facts | {"config": to_dict(config)})
         said = ", ".join(f"{name} {text[:40]!r}" for name, text in texts.items())
-        at = "in no single row" if error.row is None else f"in row {error.row} ({said})"
+        row = f"row {error.row}" if error.part is None else f"{error.part} row {error.row}"
+        at = "in no single row" if error.row is None else f"in {row} ({said})"
         raise NotFinite(
             f"{where}: {message} {at}; nothing was updated and the batch is kept in {directory}. {NOT_FINITE_ADVICE}",
             row=error.row,
             tensors=error.tensors,
             texts=texts,
+            part=error.part,
         ) from None
 
 

@@ -3,6 +3,11 @@
 The policy answers the same held-out prompts every few updates, beside the policy that PPO started from. What PPO is paid for
 and what the judge thinks rise together at first; where the reward is wrong about replies that nobody wrote before, they part
 (Gao et al. 2023, arXiv 2210.10760). Then training is stopped and the policy that the judge liked best is what is kept.
+
+Two rules say when. The alarm wants a fall that chance does not explain, which a judge who hardly likes the policy better than
+its start shows only after the policy is worse than that. Early stopping (Prechelt 1998, doi 10.1007/3-540-49430-8_3) counts
+looks without testing anything: it is sooner, stops a policy that merely no longer improves, and so has to be asked for. It
+waits until the policy was once better than its start, as before there is nothing to keep.
 """
 
 from __future__ import annotations
@@ -59,6 +64,7 @@ class Guard:
     queries: Sequence[list[int]]
     settings: Settings
     out: Path
+    patience: int | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self, done: int = 0) -> None:
@@ -125,12 +131,33 @@ class Guard:
             f"best policy this one wins {against.rate:.1%} ({against.low:.1%} to {against.high:.1%})"
         )
 
-    def conclusion(self) -> dict[str, float]:
-        """For the stage's results: which update was the best, and, after an alarm, at which training was stopped."""
+    def early_stop(self) -> str | None:
+        """What ran out, if at each of the last `patience` looks the judge liked the policy no better than when it was best,
+        and the reward was above what it was then.
+
+        Means alone are compared. A look at which the reward is no higher begins the count anew: PPO is then not being paid
+        for what the judge does not see. While the start is the best there is no count: a policy that gets better later may
+        well begin by getting worse.
+        """
+        best, now = self.best, self.history[-1]
+        if self.patience is None or not best["update"]:
+            return None
+        last = [look for look in self.history if look["update"] > best["update"]][-self.patience :]
+        if len(last) < self.patience or any(look["eval/reward"] <= best["eval/reward"] for look in last):
+            return None
+        return (
+            f"at {self.patience} looks in a row the judge's score was not above the {best['eval/judge']:.3g} of update "
+            f"{best['update']} (now {now['eval/judge']:.3g}) while the reward was above its {best['eval/reward']:.3g} (now "
+            f"{now['eval/reward']:.3g})"
+        )
+
+    def conclusion(self) -> dict[str, Any]:
+        """For the stage's results: which update was the best, and what the last look says against going on."""
         kept = {
             f"best/{name.removeprefix('eval/')}": self.best[name] for name in ("eval/win_rate", "eval/judge", "eval/kl")
         }
-        return {"best_update": self.best["update"], "alarm": self.alarm(), **kept}
+        said = {"alarm": self.alarm(), "early_stop": self.early_stop()}
+        return {"best_update": self.best["update"], **said, **kept}
 
     def load_best(self) -> torch.nn.Module:
         """The policy that the judge liked best."""

@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,8 @@ from rlhf_fast.train.config import option, validate
 from rlhf_fast.train.data import DataSummary, Prompt, read_demonstrations, read_prompts, split_heldout
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import Judge, PairJudge, distinct_n
-from rlhf_fast.train.finite import blaming, check_finite, keeping
-from rlhf_fast.train.generate import EOS, STOP_TOKEN, generation_config, stop_ids
+from rlhf_fast.train.finite import blaming, check_finite, keeping, padded
+from rlhf_fast.train.generate import EOS, STOP_TOKEN, Sample, generation_config, stop_ids
 from rlhf_fast.train.guard import Guard, Settings
 from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
 from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
@@ -226,6 +227,14 @@ class PPOConfig(loop.TrainConfig):
         choices=("stop", "warn"),
         source="arXiv 2210.10760",
     )
+    patience: int | None = option(
+        None,
+        "early stopping: end, and keep the best policy, after so many looks of the judge in a row that are no better than the "
+        "best (not the start) while the reward is above what it was then; none: never, as chance stops a policy that no longer "
+        "changes",
+        minimum=1,
+        source="doi 10.1007/3-540-49430-8_3",
+    )
 
 
 def train(
@@ -312,7 +321,10 @@ def train(
     if dry_run:
         few = partial(first_experience, models, prompts, queries, config, stop)
         sizes = {"prompt_tokens": max(map(len, queries)), "updates": updates, "group": each}
-        gradient = partial(gradient_of_rows, models, config, order, ptx)
+
+        def gradient(batch: Advantaged, rows: Sequence[int]) -> dict[str, Tensor]:
+            return accumulate_gradient(batch, rows, models, config, draw(ptx, len(rows), order))
+
         estimate.rollouts(config, models, optimizer, few, gradient, **sizes, device=device)
         return out
     so_far = SimpleNamespace(kl_coef=float(config.kl_coef), tokens=0, waiting=[], moments=[0.0, 0.0, 0.0], results={})
@@ -324,12 +336,12 @@ def train(
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded, state) as stage:
         if guard:
             guard.begin(state.step)
-        alarm = None
         left = prompt_batches(len(prompts), config.batch_size // each, updates - state.step, order, so_far.waiting)
         for update, drawn in stage.steps(left):
             batch = [row for row in drawn for _ in range(each)]
             rates = learning_rates(update, updates, config)
             where, asked = f"ppo update {update}", [prompts[i] for i in batch]
+            alarm = early_stop = None
             with keeping(out, where, asked, config):
                 experience = collect(
                     models, asked, [queries[i] for i in batch], so_far.kl_coef, config, stop, so_far.moments
@@ -351,18 +363,21 @@ def train(
             results |= {"eps": episode / stage.seconds, "tokens_per_second": so_far.tokens / stage.seconds}
             if guard and (update % config.eval_every == 0 or update == updates):
                 results |= guard.look(update)
-                alarm = guard.alarm()
+                alarm, early_stop = guard.alarm(), guard.early_stop()
             told = completions(experience) if is_told(update, updates, config.num_sample_generations) else ()
             stage.log(update, results, show=SHOWN, completions=told)
             so_far.kl_coef, so_far.results = adapted(so_far.kl_coef, results["objective/kl"], config), results
             if alarm:
-                loop.say(f"ppo update {update}: over-optimisation: {alarm}")
-            if alarm and config.guard == "stop":
+                loop.say(f"{where}: over-optimisation: {alarm}")
+            elif early_stop:
+                loop.say(f"{where}: early stopping, which is no proof of over-optimisation: {early_stop}")
+            if (alarm or early_stop) and config.guard == "stop":
                 break
         policy = models.policy if models.average is None else narrowed(models.average, models.policy)
         if guard:
-            so_far.results |= guard.conclusion()
-            policy = guard.load_best() if distributed.is_main() and guard.alarm() and config.guard == "stop" else policy
+            so_far.results |= (said := guard.conclusion())
+            stopped = config.guard == "stop" and (said["alarm"] or said["early_stop"])
+            policy = guard.load_best() if distributed.is_main() and stopped else policy
         policy.generation_config = generation_config(
             models.tokenizer, config.response_length, config.temperature, stop=stop
         )
@@ -386,7 +401,8 @@ def watch(
     if not prompts:
         raise UserError("ppo: 'eval_every' needs held-out prompts; raise heldout_fraction or set eval_every 0")
     settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
-    return Guard(judged_models(models), judge, prompts, [encoder.prompt(prompt) for prompt in prompts], settings, out)
+    queries = [encoder.prompt(prompt) for prompt in prompts]
+    return Guard(judged_models(models), judge, prompts, queries, settings, out, config.patience)
 
 
 def judged_models(models: Models) -> Models:
@@ -409,6 +425,14 @@ def check(config: PPOConfig, reward: Any, judge: Judge | PairJudge | None = None
     if config.eval_every and judge is None and config.judge is None:
         raise UserError(
             "ppo: 'eval_every' needs a judge, which the reward itself cannot be; give 'judge' or eval_every 0"
+        )
+    if config.patience is not None and not config.eval_every:
+        raise UserError(
+            f"ppo: 'patience' {config.patience} counts looks of the judge, and eval_every is 0; set that, or leave it none"
+        )
+    if config.patience is not None and config.guard == "warn":
+        raise UserError(
+            f"ppo: 'patience' {config.patience} stops training, which guard warn never does; set guard stop, or leave it none"
         )
     if config.batch_size % config.num_mini_batches:
         raise UserError(
@@ -651,18 +675,20 @@ def optimize(
     learning = {"value": models.value} if warming else models.trained
     count, samples = len(batch.scored.scores), batch.scored.rollout.samples
     means, done = loop.Means(), []
-    alone = partial(gradient_of_row, batch, models, config)
+    alone = partial(gradient_of_row, batch, models, config, warming=warming)
     for _ in range(config.num_ppo_epochs):
         minibatches = torch.randperm(count, generator=order).chunk(config.num_mini_batches)
         for rows in minibatches:
             rows = rows.tolist()
-            with blaming(models.trained, {row: row for row in rows}, alone, partial(all_tensors, batch), samples):
-                stats = gradient_of_rows(models, config, order, () if warming else ptx, batch, rows)
+            written = draw(() if warming else ptx, len(rows), order)
+            with (
+                blaming_written(written, models, config),
+                blaming(learning, {row: row for row in rows}, alone, partial(all_tensors, batch), lambda: samples),
+            ):
+                stats = accumulate_gradient(batch, rows, models, config, written, warming=warming)
                 losses = {name: stat for name, stat in stats.items() if name.startswith("loss/")}
                 if config.checks and not done:
                     checks.check_first_ratio(stats["val/ratio"], stats["val/ratio_var"], models.policy.dtype, where)
-                if warming:
-                    models.policy.zero_grad(set_to_none=True)
                 norms = loop.clip_and_step(
                     optimizer, learning, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
                 )
@@ -682,32 +708,54 @@ def follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
         kept.lerp_(now.to(kept.dtype), 1 - decay)
 
 
-def gradient_of_rows(
-    models: Models,
-    config: PPOConfig,
-    order: torch.Generator,
-    ptx: Sequence[Example],
-    batch: Advantaged,
-    rows: Sequence[int],
+def draw(ptx: Sequence[Example], count: int, order: torch.Generator) -> list[Example]:
+    """So many of the written replies, if there are any, with replacement."""
+    return [ptx[row] for row in torch.randint(len(ptx), (count,), generator=order).tolist()] if ptx else []
+
+
+def gradient_of_row(
+    batch: Advantaged, models: Models, config: PPOConfig, row: int, *, warming: bool = False
 ) -> dict[str, Tensor]:
-    """`accumulate_gradient`, of as many of the written replies `ptx` as of `rows`, drawn with replacement."""
-    drawn = torch.randint(len(ptx), (len(rows),), generator=order).tolist() if ptx else []
-    return accumulate_gradient(batch, rows, models, config, [ptx[row] for row in drawn])
+    return add_gradient(batch, [row], models, config, warming=warming)
 
 
-def gradient_of_row(batch: Advantaged, models: Models, config: PPOConfig, row: int) -> dict[str, Tensor]:
-    return add_gradient(batch, [row], models, config)
+@contextmanager
+def blaming_written(written: Sequence[Example], models: Models, config: PPOConfig) -> Iterator[None]:
+    """`blaming` of the written replies of a minibatch."""
+    tokenizer = models.tokenizer
+
+    def alone(example: Example) -> dict[str, Tensor]:
+        parts = [[example]]
+        return accumulate_loss(models.policy, parts, tokenizer.pad_token_id, config.full_logits, weight=config.ptx_coef)
+
+    def tensors() -> dict[str, Tensor]:
+        made = padded([example.ids for example in written], tokenizer.pad_token_id) if written else {}
+        return {f"ptx_{name}": tensor for name, tensor in made.items()}
+
+    def samples() -> list[Sample]:
+        halves = [(example.ids[: example.start], example.ids[example.start :]) for example in written]
+        texts = [tokenizer.batch_decode(list(half), skip_special_tokens=True) for half in halves]
+        return [Sample(prompt, reply, True) for prompt, reply in texts]
+
+    with blaming(models.trained, dict(enumerate(written)), alone, tensors, samples, part="ptx"):
+        yield
 
 
 def accumulate_gradient(
-    batch: Advantaged, rows: Sequence[int], models: Models, config: PPOConfig, written: Sequence[Example] = ()
+    batch: Advantaged,
+    rows: Sequence[int],
+    models: Models,
+    config: PPOConfig,
+    written: Sequence[Example] = (),
+    *,
+    warming: bool = False,
 ) -> dict[str, Tensor]:
     """`add_gradient` of a minibatch, and `add_ptx_gradient` of replies, by all processes together, each its share of both.
 
     Returns losses and statistics of the whole, the same in all of them.
     """
     own = distributed.share(rows, batch.scored.rollout.lengths)
-    stats = add_gradient(batch, own, models, config, rows)
+    stats = add_gradient(batch, own, models, config, rows, warming=warming)
     if written:
         stats |= add_ptx_gradient(written, models, config)
     return with_variance(distributed.combined(models.trained, stats))
@@ -735,6 +783,8 @@ def add_gradient(
     models: Models,
     config: PPOConfig,
     batch_rows: Sequence[int] | None = None,
+    *,
+    warming: bool = False,
 ) -> dict[str, Tensor]:
     """Add the gradient of the losses over the response tokens of a minibatch -> its losses and statistics.
 
@@ -742,7 +792,8 @@ def add_gradient(
     exact. With rloo the ratios, and what is said of them, are those of whole replies.
 
     batch_rows: those of the whole minibatch, where `rows` are only this process's share. The statistics are shares of the
-    whole, `val/ratio_var` the second moment about 1.
+    whole, `val/ratio_var` the second moment about 1. warming: only the value model gets a gradient, and the policy is read
+    for its statistics alone.
     """
     scored, rollout = batch.scored, batch.scored.rollout
     whole = rows if batch_rows is None else batch_rows
@@ -771,18 +822,20 @@ def add_gradient(
             options |= limits | {"normalizer": tokens}
             if config.advantage == "grpo":
                 options |= group.kl_options(scored.ref_logprobs[place], batch.kl_coef)
-            loss, policy_stats = response_ppo_loss(
-                models.policy,
-                ids,
-                mask,
-                length,
-                old,
-                advantages,
-                response_mask,
-                entropy_coef=config.entropy_coef,
-                **options,
-            )
-        loss.backward()
+            with torch.set_grad_enabled(not warming):
+                loss, policy_stats = response_ppo_loss(
+                    models.policy,
+                    ids,
+                    mask,
+                    length,
+                    old,
+                    advantages,
+                    response_mask,
+                    entropy_coef=config.entropy_coef,
+                    **options,
+                )
+        if not warming:
+            loss.backward()
         shift = policy_stats["ratio_mean"] - 1
         part = {
             "loss/policy_avg": policy_stats["policy_loss"],

@@ -215,15 +215,15 @@ def test_a_saved_model_loads_with_plain_transformers_and_leaves_other_files_alon
 
 def test_a_killed_save_leaves_no_weights_that_look_complete(tmp_path):
     """The process dies just before the weights would appear: config and tokenizer alone load as nothing."""
-    code = (
-        "import os, sys; sys.path.insert(0, sys.argv[2])\n"
-        "import tiny; from rlhf_fast.train import checkpoint\n"
-        "replace = os.replace\n"
-        "os.replace = lambda a, b: os._exit(9) if str(b).endswith('.safetensors') else replace(a, b)\n"
-        "checkpoint.save_model(sys.argv[1], tiny.model(), tiny.tokenizer())\n"
-    )
-    arguments = [sys.executable, "-c", code, str(tmp_path), os.path.dirname(tiny.__file__)]
-    assert subprocess.run(arguments, capture_output=True).returncode == 9
+    replace, made = os.replace, (tiny.model(), tiny.tokenizer())
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.replace = lambda a, b: os._exit(9) if str(b).endswith(".safetensors") else replace(a, b)
+            checkpoint.save_model(tmp_path, *made)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     names = {path.name for path in tmp_path.iterdir()}
     assert "config.json" in names and "model.safetensors" not in names
     json.loads((tmp_path / "config.json").read_text())

@@ -7,7 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from rlhf_fast.train import dpo, loop, ppo, reward, rollout, sft
+from rlhf_fast.train import dpo, loop, ppo, replies, reward, rollout, sft
 from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.finite import check_finite, keeping
 from rlhf_fast.train.model import load_policy, reward_from_policy
@@ -175,6 +175,46 @@ def test_the_logits_of_the_policy(files, tmp_path, monkeypatch):
         "ppo", files, tmp_path / "ppo", "the policy's logits are not finite in row", data=str(data), total_episodes=48
     )
     assert facts["prompt"] == "say 12 cat hill" and {"query_ids", "query_mask"} == set(tensors)
+
+
+def ptx_file(path, odd):
+    """Written replies of which the one to `say 7` alone says "hill", or none."""
+    rows = [{"prompt": f"say {i}", "response": " a hill" if i == odd else " a cat"} for i in range(12)]
+    return str(tiny.write_rows(path, rows))
+
+
+def test_a_written_reply_of_the_pretraining_mix(files, tmp_path, monkeypatch):
+    """The gradient of the policy is broken by a reply that no rollout holds."""
+    token = load_policy(files / "base")[1].encode(" hill", add_special_tokens=False)[-1]
+    read = replies.reply_logprobs
+
+    def logprobs(model, examples, *options):
+        found, entropies = read(model, examples, *options)
+        rows = torch.tensor([token in example.ids for example in examples])
+        return Explode.apply(found, rows), entropies
+
+    monkeypatch.setattr(replies, "reply_logprobs", logprobs)
+    options = {"ptx_coef": 1.0, "heldout_fraction": 0.0, "micro_batch_size": 3, "total_episodes": 48}
+    _, facts, tensors = stopped(
+        "ppo",
+        files,
+        tmp_path / "ppo",
+        r"ppo update \d: the gradient of policy parameter \S+ is not finite in ptx row \d \(prompt 'say 7', reply ' a hill",
+        ptx_data=ptx_file(tmp_path / "ptx.jsonl", odd=7),
+        **options,
+    )
+    assert facts["part"] == "ptx" and facts["reply"] == " a hill"
+    assert token in tensors["ptx_ids"][facts["row"]] and len(tensors["ptx_ids"]) == 8
+    assert not any(token in row for row in tensors["ptx_ids"][: facts["row"]])  # the first of them
+    assert {"ptx_mask", "advantages"} <= set(tensors)
+
+
+def test_with_a_pretraining_mix_a_rollout_is_still_named(files, tmp_path, monkeypatch):
+    read = ppo.token_values
+    monkeypatch.setattr(ppo, "token_values", lambda *a: Explode.apply(read(*a), a[1][:, 0] >= 0))
+    data = ptx_file(tmp_path / "ptx.jsonl", odd=None)
+    _, facts, tensors = stopped("ppo", files, tmp_path / "ppo", r"is not finite in row \d", ptx_data=data, ptx_coef=1.0)
+    assert "part" not in facts and facts["prompt"].startswith("say") and "ptx_ids" in tensors
 
 
 class Explode(torch.autograd.Function):

@@ -1,9 +1,13 @@
 """PPO against an independent transcription in float64, one row at a time and without padding, and as a stage."""
 
+import copy
 import dataclasses
+import functools
 import json
 import math
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import tiny
@@ -82,16 +86,25 @@ def options(**changes):
     return PPOConfig(**(chosen | changes))
 
 
-def build_models(tmp_path, architecture="gpt2"):
-    base = tiny.save_base(tmp_path / "base", architecture)
-    policy, tokenizer = load_policy(base, dtype="float64")
-    reference = load_policy(base, dtype="float64")[0]
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    value, reward_model = (reward_from_policy(base, dtype="float64")[0] for _ in range(2))
+@functools.cache
+def loaded_models():
+    """The models that the tests of single updates start from, loaded once; `build_models` gives copies."""
+    with tempfile.TemporaryDirectory() as directory:
+        base = tiny.save_base(Path(directory) / "base", "gpt2")
+        policy, tokenizer = load_policy(base, dtype="float64")
+        reference = load_policy(base, dtype="float64")[0]
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        value, reward_model = (reward_from_policy(base, dtype="float64")[0] for _ in range(2))
     return Models(policy, reference, value, reward_model, tokenizer)
+
+
+def build_models():
+    made = loaded_models()
+    copies = {name: copy.deepcopy(getattr(made, name)) for name in ("policy", "reference", "value", "reward")}
+    return dataclasses.replace(made, **copies)
 
 
 def play(models, config, kl_coef=None, seed=11):
@@ -337,11 +350,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_update_is_the_published_algorithm(tmp_path, case):
+def test_one_update_is_the_published_algorithm(case):
     config = options(**CASES[case])
-    models, twins = build_models(tmp_path), build_models(tmp_path / "twins")
+    models, twins = build_models(), build_models()
     if config.ema_decay is not None:
-        models = dataclasses.replace(models, average=load_policy(tmp_path / "base", dtype="float64")[0])
+        models = dataclasses.replace(models, average=copy.deepcopy(models.policy))
     batch = play(models, config)
     expected = Transcription(twins, batch.scored.rollout, config)
     lengths = batch.scored.rollout.response_lengths
@@ -397,9 +410,9 @@ def test_one_update_is_the_published_algorithm(tmp_path, case):
             torch.testing.assert_close(a, b[1], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_the_cases_reach_every_branch_they_are_named_after(tmp_path):
+def test_the_cases_reach_every_branch_they_are_named_after():
     """A limit that never binds would pass whatever it did."""
-    models = build_models(tmp_path)
+    models = build_models()
     plain, clipped = (play(models, options(**case)) for case in ({}, {"advantage_clip": 0.5}))
     assert plain.advantages.abs().max() > 0.5 == clipped.advantages.abs().max()
     assert clipped.returns.equal(plain.returns)
@@ -414,11 +427,42 @@ def test_the_cases_reach_every_branch_they_are_named_after(tmp_path):
     assert (short[(lengths < 4) | (lengths == 10)] == -1).all() and (short[(lengths >= 4) & (lengths < 10)] != -1).all()
 
 
-def test_dual_clip_and_the_limit_of_the_log_ratio_change_the_loss(tmp_path):
+@pytest.mark.parametrize("full_logits", [False, True])
+def test_critic_warm_up_reads_the_policy_and_makes_no_gradient_of_it(monkeypatch, full_logits):
+    config = options(critic_warmup=1, micro_batch_size=3, full_logits=full_logits)
+    original, results = ppo.add_gradient, {}
+    for name in ("thrown away", "never made"):
+        models = build_models()
+        called = []
+        for part, model in models.trained.items():
+            for parameter in model.parameters():
+                parameter.register_hook(lambda gradient, part=part, called=called: called.append(part))
+
+        def thrown_away(*arguments, warming, models=models):
+            stats = original(*arguments)
+            models.policy.zero_grad()
+            return stats
+
+        with monkeypatch.context() as patch:
+            if name == "thrown away":
+                patch.setattr(ppo, "add_gradient", thrown_away)
+            optimizer = loop.adamw(models.trained.values(), weight_decay=0.1, epsilon=1e-5)
+            order = torch.Generator().manual_seed(3)
+            batch = play(models, config)
+            stats = ppo.optimize(batch, models, optimizer, config, order, rate=0.02, where="test", warming=True)
+        assert set(called) == ({"policy", "value"} if name == "thrown away" else {"value"})
+        results[name] = stats, models.value.state_dict(), models.policy.state_dict()
+    (stats, *weights), (expected_stats, *expected) = results["never made"], results["thrown away"]
+    assert stats == expected_stats
+    for mine, theirs in zip(weights, expected, strict=True):
+        assert all(mine[name].equal(theirs[name]) for name in theirs)
+
+
+def test_dual_clip_and_the_limit_of_the_log_ratio_change_the_loss():
     losses = {}
     for name, case in {"none": {}, "dual": {"dual_clip": 1.02}, "held": {"log_ratio_clip": 0.01}}.items():
         config = options(learning_rate=0.05, **case)
-        models = build_models(tmp_path / name)
+        models = build_models()
         optimizer = loop.adamw(models.trained.values(), weight_decay=0.0, epsilon=1e-5)
         order = torch.Generator().manual_seed(3)
         stats = ppo.optimize(play(models, config), models, optimizer, config, order, rate=0.05, where="test")
@@ -451,9 +495,9 @@ def wider(replies, tokenizer, left, right):
     )
 
 
-def test_no_metric_depends_on_padding(tmp_path):
+def test_no_metric_depends_on_padding():
     config = options()
-    models = build_models(tmp_path)
+    models = build_models()
     tight = play(models, config)
     loose = experience(wider(tight.scored.rollout, models.tokenizer, 5, 7), models, config, config.kl_coef)
     assert loose.advantages.shape[1] == tight.advantages.shape[1] + 7
@@ -463,10 +507,10 @@ def test_no_metric_depends_on_padding(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_ratio_of_the_first_minibatch_is_one_with_minibatches_and_accumulation(tmp_path, dtype):
+def test_the_ratio_of_the_first_minibatch_is_one_with_minibatches_and_accumulation(dtype):
     """TRL 1.12 reports 0.5 here, having averaged over a buffer half of which is never filled."""
     config = options(num_mini_batches=2, micro_batch_size=2)
-    models = build_models(tmp_path)
+    models = build_models()
     models = dataclasses.replace(
         models, **{name: getattr(models, name).to(dtype) for name in ("policy", "reference", "value", "reward")}
     )
@@ -478,9 +522,9 @@ def test_the_ratio_of_the_first_minibatch_is_one_with_minibatches_and_accumulati
     assert stats["policy/clipfrac_avg"].item() == 0 and stats["policy/entropy_avg"].item() > 0.1
 
 
-def test_rollout_metrics_by_hand(tmp_path):
+def test_rollout_metrics_by_hand():
     config = options(missing_eos="none")
-    models = build_models(tmp_path)
+    models = build_models()
     batch = play(models, config)
     scored, replies = batch.scored, batch.scored.rollout
     told = ppo.describe(batch, "k1")
@@ -524,11 +568,11 @@ def test_the_kl_coefficient_adapts_as_published():
     assert ppo.adapted(0.1, 60.0, options()) == 0.1
 
 
-def test_target_kl_ends_the_passes_of_an_update(tmp_path):
+def test_target_kl_ends_the_passes_of_an_update():
     steps = {}
     for target in (None, 1e-6, 1e9):
         config = options(target_kl=target, num_ppo_epochs=3)
-        models = build_models(tmp_path / str(target))
+        models = build_models()
         optimizer = loop.adamw([models.policy, models.value], weight_decay=0.0, epsilon=1e-5)
         order = torch.Generator().manual_seed(0)
         ppo.optimize(play(models, config), models, optimizer, config, order, rate=1e-3, where="test")
@@ -536,9 +580,9 @@ def test_target_kl_ends_the_passes_of_an_update(tmp_path):
     assert steps == {None: 6, 1e-6: 2, 1e9: 6}
 
 
-def test_the_reference_and_the_reward_model_are_not_trained(tmp_path):
+def test_the_reference_and_the_reward_model_are_not_trained():
     config = options()
-    models = build_models(tmp_path)
+    models = build_models()
     optimizer = loop.adamw([models.policy, models.value], weight_decay=0.1, epsilon=1e-5)
     ppo.optimize(play(models, config), models, optimizer, config, torch.Generator(), rate=1e-3, where="test")
     for model in (models.reference, models.reward):
@@ -553,8 +597,8 @@ def test_the_reference_and_the_reward_model_are_not_trained(tmp_path):
         (lambda samples: [math.inf] + [0.0] * 7, "not finite"),
     ],
 )
-def test_reward_functions_are_checked(tmp_path, function, words):
-    models = dataclasses.replace(build_models(tmp_path), reward=function)
+def test_reward_functions_are_checked(function, words):
+    models = dataclasses.replace(build_models(), reward=function)
     with pytest.raises(UserError, match=words):
         play(models, options())
 
@@ -578,6 +622,7 @@ def stage_config(files, out, **changes):
         "batch_size": 16,
         "heldout_fraction": 0.2,
         "total_episodes": 48,
+        "num_ppo_epochs": 2,
         "num_mini_batches": 2,
         "response_length": 12,
         "learning_rate": 3e-3,
@@ -598,7 +643,12 @@ def test_every_architecture_goes_through_all_three_stages(tmp_path, architecture
     shared = {"data": str(data), "heldout_fraction": 0.2, "dtype": dtype}
     sft_dir = sft.train(
         sft.SFTConfig(
-            model=str(base), output_dir=str(tmp_path / "sft"), learning_rate=5e-3, max_response_tokens=16, **shared
+            model=str(base),
+            output_dir=str(tmp_path / "sft"),
+            learning_rate=5e-3,
+            num_train_epochs=1,
+            max_response_tokens=16,
+            **shared,
         )
     )
     reward_dir = reward.train(
@@ -619,6 +669,7 @@ def test_every_architecture_goes_through_all_three_stages(tmp_path, architecture
             output_dir=str(tmp_path / "ppo"),
             batch_size=8,
             total_episodes=24,
+            num_ppo_epochs=1,
             num_mini_batches=2,
             response_length=12,
             learning_rate=1e-3,
@@ -645,10 +696,10 @@ def test_any_function_can_be_the_reward_and_is_optimised(files, tmp_path):
     config = stage_config(
         files,
         tmp_path / "ppo",
-        total_episodes=25 * 32,
+        total_episodes=15 * 32,
         batch_size=32,
         kl_coef=0.01,
-        learning_rate=1e-2,
+        learning_rate=2e-2,
         temperature=1.0,
         missing_eos="none",
         micro_batch_size=0,
@@ -889,8 +940,8 @@ def test_scores_are_scaled_by_what_was_seen_so_far(files, tmp_path):
 
 
 @pytest.mark.parametrize("rows", [range(8), [5, 0, 3]])
-def test_no_metric_depends_on_micro_batches(tmp_path, rows):
-    models, told = build_models(tmp_path), []
+def test_no_metric_depends_on_micro_batches(rows):
+    models, told = build_models(), []
     for size in (0, 1, 3):
         config = options(micro_batch_size=size, rollout_micro_batch_size=4 - size)
         batch = play(models, config)

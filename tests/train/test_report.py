@@ -151,12 +151,21 @@ class Page(HTMLParser):
         self.text += data
 
 
-def read_page(directory: Path) -> Page:
-    page = Page((directory / "report.html").read_text(encoding="utf-8"))
-    assert len(page.ids) == len(set(page.ids))
-    assert not {"script", "img", "iframe", "object"} & set(page.tags)
-    assert not [value for key, value in page.attributes if key in ("src", "href", "srcset") and value != "data:,"]
+SVG = re.compile(r"(<svg[^>]*>)(.*?)</svg>", flags=re.DOTALL)
+
+
+def read_page(directory: Path, *, charts: bool = True) -> Page:
+    """charts: with what is inside of them, which `plots` checks as well, and faster."""
+    html = (directory / "report.html").read_text(encoding="utf-8")
+    page = Page(html if charts else SVG.sub(r"\1</svg>", html))
+    check_markup(page.tags, page.ids, page.attributes)
     return page
+
+
+def check_markup(tags, ids, attributes) -> None:
+    assert len(ids) == len(set(ids))
+    assert not {"script", "img", "iframe", "object"} & set(tags)
+    assert not [value for key, value in attributes if key in ("src", "href", "srcset") and value != "data:,"]
 
 
 def read_json(directory: Path) -> dict:
@@ -169,14 +178,18 @@ def read_json(directory: Path) -> dict:
 def plots(directory: Path) -> dict[str, ElementTree.Element]:
     """Every chart by id, after checking that it is well-formed, named, and drawn inside its own frame."""
     found = {}
-    for svg in re.findall(r"<svg.*?</svg>", (directory / "report.html").read_text(encoding="utf-8"), flags=re.DOTALL):
-        root = ElementTree.fromstring(svg)
+    for svg in SVG.finditer((directory / "report.html").read_text(encoding="utf-8")):
+        root = ElementTree.fromstring(svg[0])
         assert root.get("role") == "img"
         title = root.find("{*}title")
         assert title.get("id") == root.get("aria-labelledby")
         assert len(title.text) > 10
         check_coordinates(root)
         found[root.get("id")] = root
+    inside = [element for root in found.values() for element in root.iter()]
+    attributes = [item for element in inside for item in element.attrib.items()]
+    tags = [element.tag.rpartition("}")[2] for element in inside]
+    check_markup(tags, [value for key, value in attributes if key == "id"], attributes)
     return found
 
 
@@ -564,8 +577,41 @@ def test_wrong_types_anywhere_never_stop_the_report(tmp_path):
         (good / "ppo/log.jsonl").write_text("\n".join(json.dumps(line) for line in spoil(lines)))
         write_report(good)
         read_json(good)
-        read_page(good)
+        read_page(good, charts=False)
         plots(good)
+
+
+@pytest.mark.parametrize(
+    ("said", "guard", "passed", "words"),
+    [
+        ({"alarm": None}, "stop", True, "never fell clearly while the reward rose (best: update 3)"),
+        (
+            {"alarm": None, "early_stop": None},
+            "stop",
+            True,
+            "never fell clearly while the reward rose (best: update 3)",
+        ),
+        ({"alarm": "it fell", "early_stop": "none left"}, "stop", False, "the policy of update 3 kept: it fell."),
+        ({"alarm": "it fell"}, "warn", False, "and PPO went on: it fell."),
+        (
+            {"alarm": None, "early_stop": "none left"},
+            "stop",
+            True,
+            "Early stopping ended PPO, and the policy of update 3 was kept: none left. That is no proof of over-optimisation.",
+        ),
+    ],
+)
+def test_early_stopping_and_the_alarm_are_told_apart(run, said, guard, passed, words):
+    path = run / "ppo" / "stage.json"
+    summary = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(summary | {"config": {"guard": guard}, "results": {"loss": 0.5, "best_update": 3.0} | said})
+    )
+    write_report(run)
+    (found,) = [check for check in read_json(run)["checks"] if words in check["text"]]
+    assert found["passed"] is passed
+    others = {"Early stopping", "never fell clearly", "PPO was stopped", "PPO went on"}
+    assert sum(any(other in check["text"] for other in others) for check in read_json(run)["checks"]) == 1
 
 
 def test_writing_again_replaces_the_report_and_touches_nothing_else(run):

@@ -311,6 +311,13 @@ def _check_alarm(run: Run) -> Check | None:
     if best is None:
         return None
     alarm = lookup(results, "alarm")
+    early_stop = lookup(results, "early_stop")
+    if early_stop and not alarm:
+        return Check(
+            True,
+            f"Early stopping ended PPO, and the policy of update {count(best)} was kept: {early_stop}. That is no proof of "
+            "over-optimisation.",
+        )
     if not alarm:
         return Check(
             True,
