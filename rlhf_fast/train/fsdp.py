@@ -14,6 +14,7 @@ would wait for ever, hence `keep_step` and `missing`.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
@@ -105,6 +106,8 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
         # Each process divides by what the whole batch counts, so gradients are summed; by SUM, which gloo has, too.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    # Log-probs are a view of an op's output, which nobody overwrites.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     setattr(model, METHOD, MethodType(lambda self, function: function(), model))
     register_fsdp_forward_method(model, METHOD)
     # The memory for whole weights is made at the first pass, as that asks for it: not in inference mode, whose tensors no
@@ -214,12 +217,11 @@ def like(own: Tensor, tensor: Tensor) -> Tensor:
 def full_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors of a state on the host of the main process, tied ones once; nothing elsewhere. All processes call it."""
     found: dict[int, Tensor] = {}
-    for tensor in state.values():
-        if id(tensor) not in found:
-            one = full(tensor.detach())
-            if distributed.is_main():
-                found[id(tensor)] = one.cpu()
-    return {name: found[id(tensor)] for name, tensor in state.items() if id(tensor) in found}
+    for tensor in {id(tensor): tensor for tensor in state.values()}.values():
+        one = full(tensor.detach())
+        if distributed.is_main():
+            found[id(tensor)] = one.cpu()
+    return {name: found[id(tensor)] for name, tensor in state.items() if found}
 
 
 # ------------------------------------------------------------------------------------------------------ in step

@@ -358,7 +358,9 @@ def train(
                 loop.say(f"ppo update {update}: over-optimisation: {alarm}")
             if alarm and config.guard == "stop":
                 break
-        policy = models.policy if models.average is None else narrowed(models.average, models.policy)
+        policy = models.policy
+        if models.average is not None:
+            follow(policy, models.average, decay=0.0)  # in the type of its weights
         saves = True
         if guard:
             so_far.results |= guard.conclusion()
@@ -494,13 +496,6 @@ def averaging(policy: torch.nn.Module) -> torch.nn.Module:
     average = copy.deepcopy(policy, frozen)
     for parameter in lora.trained(average):
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-    return average
-
-
-def narrowed(average: torch.nn.Module, policy: torch.nn.Module) -> torch.nn.Module:
-    """The average in the types of the policy; itself."""
-    for kept, like in zip(average.parameters(), policy.parameters(), strict=True):
-        kept.data = kept.data.to(like.dtype)
     return average
 
 
