@@ -24,7 +24,10 @@ Item = TypeVar("Item")
 SEED_STEP = 100_003  # between the seeds of processes: Huang et al. 2024, arXiv 2403.17031
 # What accelerate launch can be told that is not done here.
 REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
-ADVICE = "its engine takes the place of the losses here; FSDP shards as ZeRO 3 does: --use_fsdp --fsdp_version 2"
+ADVICE = (
+    "its engine takes over backward pass, optimizer and checkpoints; --use_fsdp --fsdp_version 2 shards as ZeRO 3 does, with "
+    "--fsdp_reshard_after_forward false as ZeRO 2"
+)
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 

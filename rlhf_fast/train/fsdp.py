@@ -72,6 +72,8 @@ def check() -> None:
         raise UserError(
             f"FSDP version {version} was asked for and 2 is needed; give --fsdp_version 2 to accelerate launch"
         )
+    if (reshards := os.environ.get(RESHARD, "true").lower()) not in ("true", "false"):
+        raise UserError(f"{RESHARD.lower()} must be true (as ZeRO 3) or false (as ZeRO 2) with FSDP 2, got {reshards}")
     for variable, (done, advice) in ONLY.items():
         value = os.environ.get(variable, done)
         if value.lower() != done.lower():

@@ -15,7 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from rlhf_fast.train import distributed, dpo, fsdp, guard, loop, model, ppo, record, reward, rollout, sft
+from rlhf_fast.train import checks, distributed, dpo, fsdp, guard, loop, model, ppo, record, reward, rollout, sft
 from rlhf_fast.train.errors import UserError
 from tests.train import kill
 from tests.train.ranks import free_port, together
@@ -122,7 +122,7 @@ CASES = {
     "reward": ("reward", {}),
     "dpo": ("dpo", {}),
     "ipo": ("dpo", {"loss_type": "ipo", "micro_batch_size": 2}),
-    "ppo": ("ppo", {"micro_batch_tokens": 40}),
+    "ppo": ("ppo", {"micro_batch_tokens": 36}),
     "ppo, minibatches that do not divide": ("ppo", {"batch_size": 9, "num_mini_batches": 3, "total_episodes": 27}),
     "ppo with an adapter": ("ppo", {"lora_rank": 2, "gradient_checkpointing": True}),
     "ppo with an adapter's average": ("ppo", {"lora_rank": 2, "ema_decay": 0.9}),
@@ -142,7 +142,7 @@ CASES = {
 }
 
 
-# What is run with sharded models as well: each stage, one of them with other numbers of passes in the two processes.
+# What is run with sharded models as well: each stage, and unequally many passes in the two processes.
 SHARDED = {
     "sft in micro-batches of tokens",
     "reward",
@@ -339,6 +339,7 @@ def test_too_few_rows_for_the_processes_are_refused(world, tmp_path):
             {},
             "FSDP finds no Block in LlamaForCausalLM; name the class",
         ),
+        (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, {}, "must be true (as ZeRO 3) or false (as ZeRO 2)"),
         (FSDP, {"optimizer": "adamw_8bit"}, "'optimizer' adamw_8bit does not know the shares of FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed was asked for, and it is not supported"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "mixed_precision fp16; it must be bf16"),
@@ -361,6 +362,18 @@ def test_mixed_precision_is_bfloat16_over_weights_in_float32(world, tmp_path):
         losses[name] = tiny.read_log(tmp_path / name / "out")[0]["loss"]
     assert losses["one"] == pytest.approx(losses["float32"], rel=2e-3) == losses["shares"]
     assert len(set(losses.values())) == 3
+
+
+def test_all_processes_hear_of_a_weight_that_is_not_finite_in_the_share_of_one(tmp_path):
+    def work():
+        distributed.join("cpu")
+        shared = fsdp.spread(tiny.model())
+        shares = shared.get_parameter("model.layers.1.mlp.up_proj.weight").detach().to_local()
+        shares[0] = torch.nan if distributed.rank() == 1 else 0.0
+        checks.check_weights({"model": shared})
+
+    errors = together(told(FSDP, work), tmp_path)
+    assert all("the weights of the model hold NaN or infinity in model.layers.1.mlp" in str(error) for error in errors)
 
 
 def test_gradients_that_no_process_has_stay_absent_and_shares_are_summed(tmp_path):
