@@ -3,6 +3,7 @@
 Every process reads the same data and draws the same batches. Each adds the gradient of its rows, divided by what the whole
 batch counts, and the gradients are summed: the update is that of one process, up to rounding, however many there are. So
 `batch_size` is that of the update, not of a process. Only the main process writes.
+Where FSDP is asked for each process holds a share of the models as well: see `fsdp`.
 
 The launcher's environment is read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT): torchrun sets the same.
 """

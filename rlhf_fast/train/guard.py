@@ -86,8 +86,8 @@ class Guard:
         """
         if update and not self.history:
             raise ValueError("guard: the first look must come before the first update")
-        answers = self._answers() if distributed.is_main() or fsdp.on() else None
-        self.history.append(distributed.from_main(lambda: self._seen(update, *answers)))
+        answers = self._answers() if fsdp.on() else None
+        self.history.append(distributed.from_main(lambda: self._seen(update, *(answers or self._answers()))))
         if distributed.is_main():
             with (self.out / LOOKS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")

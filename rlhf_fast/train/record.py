@@ -310,6 +310,7 @@ class Stage:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "processes": distributed.count(),
+            **fsdp.described(),
             "parameters": self.parameters,
             "data": dict(self.data),
             "inputs": self._origin["inputs"],

@@ -441,7 +441,9 @@ def test_a_launcher_starts_a_stage_once_for_all(world, tmp_path, kind):
     end = subprocess.run(map(str, command), env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert end.returncode == 0, end.stderr
     assert end.stdout.count("report:") == 1
-    assert json.loads((tmp_path / "out" / "stage.json").read_text())["processes"] == 2
+    summary = json.loads((tmp_path / "out" / "stage.json").read_text())
+    shares = "--use_fsdp" in kind and "--standalone" not in words
+    assert (summary["processes"], summary.get("sharding")) == (2, "FSDP2" if shares else None)
 
 
 def test_commands_of_one_process_say_so(monkeypatch, capsys):
