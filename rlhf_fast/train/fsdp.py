@@ -108,7 +108,8 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
         # Each process divides by what the whole batch counts, so gradients are summed; by SUM, which gloo has, too.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    # Log-probs are a view of an op's output, which nobody overwrites.
+    # Log-probs are a view of an op's output, which nobody overwrites; logits may be, and the root needs no hook on its output:
+    # it is whole by then, and its gradient is summed when the backward pass ends.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     setattr(model, METHOD, MethodType(lambda self, function: function(), model))
     register_fsdp_forward_method(model, METHOD)

@@ -206,7 +206,7 @@ EVERYTHING = {"ptx_coef": 0.5, "ema_decay": 0.8, "reward_scaling": True, "num_sa
 KILLED = {
     "sft": ("sft", {}, {}),
     "ppo": ("ppo", EVERYTHING, {}),
-    "ppo with sharded models": ("ppo", EVERYTHING, FSDP),
+    "ppo with sharded models": ("ppo", EVERYTHING, FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
 }
 
 
