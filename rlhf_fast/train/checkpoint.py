@@ -21,10 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_fast.train import distributed
+from rlhf_fast.train import distributed, fsdp
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.lora import FILES as ADAPTER
-from rlhf_fast.train.lora import merged_weights, save_adapter
+from rlhf_fast.train.lora import adapter_weights, merged_weights, save_adapter
 from rlhf_fast.train.model import quiet_transformers
 
 # One file per model: a reader never has to ask whether all the shards are there.
@@ -128,8 +128,14 @@ def save_model(path: str | Path, model: Any, tokenizer: Any) -> None:
     """Add a model and its tokenizer, in Hugging Face format, to the directory `path` (made if absent).
 
     Files that already stand there, such as a log, stay; `model.safetensors` appears last. An adapter is merged into what is
-    written there, and written on its own beside it. Of several processes one writes.
+    written there, and written on its own beside it. Of several processes, which all call it, one writes.
     """
+    sharded = fsdp.is_sharded(model)
+    if not distributed.is_main() and not sharded:
+        return
+    weights, adapter = merged_weights(model), adapter_weights(model)
+    if sharded:
+        weights, adapter = fsdp.full_state(weights or model.state_dict(keep_vars=True)), fsdp.full_state(adapter)
     if not distributed.is_main():
         return
     path = Path(path)
@@ -137,9 +143,10 @@ def save_model(path: str | Path, model: Any, tokenizer: Any) -> None:
     partial = beside(path / "model")
     try:
         with quiet_transformers():
-            model.save_pretrained(partial, state_dict=merged_weights(model), max_shard_size=ONE_SHARD)
+            model.save_pretrained(partial, state_dict=weights, max_shard_size=ONE_SHARD)
             tokenizer.save_pretrained(partial)
-            save_adapter(partial / ADAPTER, model)
+            if adapter:
+                save_adapter(partial / ADAPTER, model, adapter)
         flush_tree(partial)
         if (path / ADAPTER).exists():
             discard(path / ADAPTER)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from rlhf_fast.train.checkpoint import stage_summary
 from rlhf_fast.train.data import collate, common_length
 from rlhf_fast.train.errors import NotFinite, UserError
-from rlhf_fast.train.model import hidden_states, sequence_scores
+from rlhf_fast.train.fsdp import full
+from rlhf_fast.train.model import compute_dtype, hidden_states, sequence_scores
 from rlhf_fast.train.policy import response_logprobs
 from rlhf_fast.train.rollout import Models, Rollout, roll_out
 
@@ -215,7 +216,7 @@ def check_weights(models: Mapping[str, nn.Module]) -> None:
     """UserError if a weight is NaN or infinite."""
     for name, model in models.items():
         for parameter_name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
+            if not full(parameter.isfinite().all()):
                 raise UserError(
                     f"the weights of the {name} hold NaN or infinity in {parameter_name}; train or convert it again"
                 )
@@ -228,7 +229,7 @@ def check_steady(name: str, model: PreTrainedModel, sequences: Sequence[Sequence
     once, again = (hidden_states(model, ids, mask)[mask].double() for _ in range(2))
     if not once.isfinite().all():
         raise UserError(f"the {name} gives numbers that are not finite; use dtype float32, or another model")
-    if (difference := (once - again).abs().mean() / once.std()) > SHARE[model.dtype]:
+    if (difference := (once - again).abs().mean() / once.std()) > SHARE[compute_dtype(model)]:
         raise UserError(
             f"the {name} reads the same tokens differently each time (by {difference.item():.1%}), as dropout that is still "
             "on does; turn it off in the model's config.json"
@@ -310,9 +311,9 @@ def _apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 def _limit(model: PreTrainedModel, reading: Sequence[Tensor]) -> float:
     if not hasattr(model, "score"):
-        return NATS[model.dtype]
+        return NATS[compute_dtype(model)]
     numbers = torch.cat(list(reading))
-    return SHARE[model.dtype] * (numbers.std().item() if len(numbers) > 1 else numbers.abs().item())
+    return SHARE[compute_dtype(model)] * (numbers.std().item() if len(numbers) > 1 else numbers.abs().item())
 
 
 # --------------------------------------------------------------------------------------------------------- PPO
@@ -414,7 +415,7 @@ def _check_same_logprobs(
     scale = {"temperature": temperature, "response_mask": mask, "full_logits": full_logits}
     read = response_logprobs(policy, rollout.ids, rollout.mask, length, **scale)
     difference = ((read - witness).abs() * mask).sum().item() / int(mask.sum())
-    if not difference <= NATS[policy.dtype]:
+    if not difference <= NATS[compute_dtype(policy)]:
         raise UserError(
             f"the policy samples from another distribution than training computes: log-probs differ by {difference:.2g} nats a "
             "token, so the ratio would not be 1 at the first minibatch; look for a model that handles its cache or left "

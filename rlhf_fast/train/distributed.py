@@ -3,6 +3,7 @@
 Every process reads the same data and draws the same batches. Each adds the gradient of its rows, divided by what the whole
 batch counts, and the gradients are summed: the update is that of one process, up to rounding, however many there are. So
 `batch_size` is that of the update, not of a process. Only the main process writes.
+Where FSDP is asked for each process holds a share of the models as well: see `fsdp`.
 
 The launcher's environment is read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT): torchrun sets the same.
 """
@@ -22,16 +23,13 @@ from rlhf_fast.train.errors import UserError
 Item = TypeVar("Item")
 
 SEED_STEP = 100_003  # between the seeds of processes: Huang et al. 2024, arXiv 2403.17031
-# What accelerate launch can be told that is not done here, and what to do about it.
-REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+# What accelerate launch can be told that is not done here.
+REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 ADVICE = (
-    "the losses here are made from the head's whole weight, which it spreads over processes or takes the place of; run "
-    "accelerate config for plain data parallelism (multi-GPU or multi-CPU), and save memory with lora_rank"
+    "its engine takes over backward pass, optimizer and checkpoints; --use_fsdp --fsdp_version 2 shards as ZeRO 3 does, with "
+    "--fsdp_reshard_after_forward false as ZeRO 2"
 )
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def asked_for() -> int:
@@ -39,19 +37,30 @@ def asked_for() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def join(device: str) -> None:
+def flag(variable: str) -> bool:
+    """Whether the launcher has set `variable`."""
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
+def mixed_precision() -> bool:
+    """Whether the launcher asks for forward passes in bfloat16 over float32 weights. UserError: another precision."""
+    precision = os.environ.get(PRECISION, "no").lower()
+    if precision not in ("no", "bf16"):
+        raise UserError(
+            f"accelerate launch was told mixed_precision {precision}; it must be bf16, which needs no scaling of losses, or no"
+        )
+    return precision == "bf16"
+
+
+def join(device: str, dtype: str = "float32") -> None:
     """Find the other processes, if there are any. UserError: a way of spreading a model that is not supported."""
+    for variable, name in REFUSED.items():
+        if flag(variable):
+            raise UserError(f"{name} was asked for, and it is not supported: {ADVICE}")
+    if mixed_precision() and dtype != "float32":
+        raise UserError(f"mixed_precision bf16 is for weights in float32 and dtype is {dtype}; leave out one of both")
     if asked_for() == 1 or count() > 1:
         return
-    for variable, name in REFUSED.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise UserError(f"{name} was asked for, and it is not supported: {ADVICE}")
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
-        raise UserError(
-            f"accelerate launch was told mixed_precision {precision}; give --mixed_precision no to it, and dtype to the "
-            "stage"
-        )
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
@@ -145,12 +154,16 @@ def combined(
 ) -> Mapping[str, Tensor]:
     """Sum the gradients of `models` over all processes, in place, and return the sums of `stats`.
 
+    Those of sharded models have been summed in the backward pass.
+
     stats: scalars that are shares of the whole batch; those in `extremes` are its min or max instead. A process without a row
     may have none. Gradients that no process has stay absent.
     """
     if count() == 1:
         return stats
     parameters = [p for model in models.values() for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    parameters = [p for p in parameters if not hasattr(p, "full_tensor")]
     mine = {name: value.item() for name, value in stats.items()}, [p.grad is not None for p in parameters]
     parts, present = zip(*gathered(mine), strict=True)
     waiting = []
@@ -163,7 +176,6 @@ def combined(
         transfer.wait()
     names = dict.fromkeys(name for part in parts for name in part)
     values = {name: [part[name] for part in parts if name in part] for name in names}
-    device = parameters[0].device
     return {
         name: torch.tensor((extremes or {}).get(name, sum)(found), dtype=torch.float64, device=device)
         for name, found in values.items()
@@ -171,9 +183,8 @@ def combined(
 
 
 @torch.no_grad()
-def agree(models: Mapping[str, nn.Module]) -> None:
+def agree(model: nn.Module) -> None:
     """Give every process the weights of the main one, which they should have already: a hub may have changed meanwhile."""
     if count() > 1:
-        for model in models.values():
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.data, src=0)
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, src=0)

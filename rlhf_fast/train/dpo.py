@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dpo_loss
-from rlhf_fast.train import checks, distributed, estimate, loop
+from rlhf_fast.train import checks, distributed, estimate, fsdp, loop
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -29,7 +29,7 @@ from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.finite import blaming, keeping, padded
 from rlhf_fast.train.generate import generation_config
 from rlhf_fast.train.model import load_policy
-from rlhf_fast.train.policy import FULL_LOGITS, logit_head
+from rlhf_fast.train.policy import FULL_LOGITS, keep_step, logit_head
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.replies import Example, encode, reply_logprobs
 from rlhf_fast.train.resume import State, claim
@@ -112,7 +112,7 @@ def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device, chat=chat)
-    loop.made_trainable(model, config)
+    fsdp.spread(loop.made_trainable(model, config))
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -158,7 +158,6 @@ def train(config: DPOConfig, *, dry_run: bool = False) -> Path:
         tried = (lengths, batches, of_rows)
         estimate.passes("dpo", config, {"model": model}, optimizer, *tried, sequences=2, device=device)
         return out
-    distributed.agree({"model": model})
     with Stage("dpo", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
@@ -234,6 +233,7 @@ def accumulate_gradient(
     count = len(whole)
     tokens = sum(len(side.ids) - side.start for row in whole for side in pairs[row].both)
     totals: dict[str, Tensor] = {}
+    keep_step([model], len(parts), config.full_logits)
     for part in parts:
         batch, share = [pairs[row] for row in part], len(part) / count
         logprobs, entropy = read(model, batch, pad_id, config.full_logits)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rlhf_fast.train.data import collate
 from rlhf_fast.train.errors import NotFinite, UserError
+from rlhf_fast.train.fsdp import whole
+from rlhf_fast.train.model import in_precision
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -99,9 +101,10 @@ def generate(
     broken = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     try:
         parts = []
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            parts.append(_generate(model, query_ids[rows], query_mask[rows], _Watched(broken[rows], watch)))
+        with whole(model), in_precision(model):
+            for start in range(0, len(prompts), batch_size):
+                rows = slice(start, start + batch_size)
+                parts.append(_generate(model, query_ids[rows], query_mask[rows], _Watched(broken[rows], watch)))
     finally:
         model.generation_config = own
     if broken.any():

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from rlhf_fast import kl_penalty
-from rlhf_fast.train import distributed
+from rlhf_fast.train import distributed, fsdp
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.evaluate import Judge, PairJudge, verdicts, win_rate
@@ -87,11 +87,13 @@ class Guard:
     def look(self, update: int) -> dict[str, float]:
         """Let the policy answer, judge the answers, and keep the policy if it is the best so far -> the numbers to log.
 
-        Of several processes the main one looks, and tells the others: a judge may not say the same twice.
+        Of several processes the main one looks, and tells the others: a judge may not say the same twice. Of sharded models
+        all give the answers, the same ones.
         """
         if update and not self.history:
             raise ValueError("guard: the first look must come before the first update")
-        self.history.append(distributed.from_main(lambda: self._seen(update)))
+        answers = self._answers() if fsdp.on() else None
+        self.history.append(distributed.from_main(lambda: self._seen(update, *(answers or self._answers()))))
         if distributed.is_main():
             with (self.out / LOOKS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
@@ -99,8 +101,7 @@ class Guard:
             save_model(self.out / BEST, self.models.policy, self.models.tokenizer)
         return {name: value for name, value in self.history[-1].items() if name.startswith("eval/")}
 
-    def _seen(self, update: int) -> dict[str, Any]:
-        samples, rewards, kl = self._answers()
+    def _seen(self, update: int, samples: list[Sample], rewards: list[float], kl: float) -> dict[str, Any]:
         if not self.history:
             start = [[sample.prompt, sample.response, sample.finished] for sample in samples]
             scores = verdicts(self.judge, samples, samples)[1]

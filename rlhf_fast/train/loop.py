@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.train import distributed, lora
+from rlhf_fast.train import distributed, fsdp, lora
 from rlhf_fast.train.config import option, required
 from rlhf_fast.train.data import encode_prompt, encode_response
 from rlhf_fast.train.errors import NotFinite, UserError
@@ -157,6 +157,10 @@ def use_threads(threads: int, *, parameters: int, device: torch.device) -> None:
 def check_installed(config: TrainConfig, where: str) -> None:
     """UserError if a key asks for a library that is not here, or means nothing."""
     lora.check(config, where)
+    if config.optimizer == ADAMW_8BIT and fsdp.asked():
+        raise UserError(
+            f"{where}: 'optimizer' {ADAMW_8BIT} does not know the shares of FSDP; use adamw, which is sharded"
+        )
     if config.optimizer == ADAMW_8BIT and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"{where}: 'optimizer' {ADAMW_8BIT} needs bitsandbytes, which is not installed: pip install bitsandbytes"
@@ -362,7 +366,7 @@ def clip_and_step(
     """
     norms = {}
     for name, model in models.items():
-        norms[name] = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norms[name] = fsdp.full(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     if not torch.stack([*losses.values(), *norms.values()]).isfinite().all():
         raise NotFinite(f"{where}: {_first_not_finite(models, losses)}; nothing was updated. {NOT_FINITE_ADVICE}")
     for name, model in models.items():
@@ -385,7 +389,7 @@ def _first_not_finite(models: Mapping[str, nn.Module], losses: Mapping[str, Tens
             return f"the {name} is {loss.item()}"
     for name, model in models.items():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
+            if parameter.grad is not None and not fsdp.full(parameter.grad.isfinite().all()):
                 return f"the gradient of {name} parameter {parameter_name} is not finite"
     return "the norm of the gradient is not finite"
 

@@ -121,7 +121,7 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
     if not layers:
         return None
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         place, _, kind = name.rpartition(".")
         owner = next((layer for layer in (place, place.removesuffix(".base_layer")) if layer in layers), None)
         if owner is None:
@@ -136,13 +136,22 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
     return state
 
 
-def save_adapter(directory: Path, model: PreTrainedModel) -> None:
+def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What `save_adapter` writes. Nothing of a reward model: it would lack the head, which was trained with the adapter."""
+    if hasattr(model, HEAD) or not adapted_layers(model):
+        return {}
+    return {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if ".lora_" in name
+    }
+
+
+def save_adapter(directory: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Write the adapter of a policy alone, as peft.PeftModel.from_pretrained reads it over the weights it was trained on.
 
-    That of a reward model is not written: it would lack the head, which was trained with it.
+    weights: its `adapter_weights`, whole.
     """
-    if hasattr(model, HEAD) or not adapted_layers(model):
-        return
     from safetensors.torch import save_file
 
     directory.mkdir()
@@ -150,11 +159,7 @@ def save_adapter(directory: Path, model: PreTrainedModel) -> None:
     settings.base_model_name_or_path, settings.inference_mode = model.name_or_path, True
     settings.target_modules = sorted(settings.target_modules)  # of a set, each process has an order of its own
     settings.save_pretrained(str(directory))
-    state = {
-        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-        if ".lora_" in name
-    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

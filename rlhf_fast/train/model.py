@@ -10,21 +10,24 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.train import distributed, fsdp
 from rlhf_fast.train.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
     from rlhf_fast.train.data import Renderer
+
+Result = TypeVar("Result")
 
 PAD_TOKEN = "<pad>"
 HEAD_BIAS = "score.bias"
@@ -264,23 +267,46 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def forward_pass(model: PreTrainedModel, function: Callable[[], Result]) -> Result:
+    """function(), as a forward pass of `model`, or part of one: with its weights there and in the precision that was asked for.
+
+    Everything that reads weights of a model goes through here, as `fsdp.run` says.
+    """
+    with in_precision(model):
+        return fsdp.run(model, function)
+
+
+def in_precision(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """Products in bfloat16 where the launcher asked for mixed precision, else as the weights are."""
+    return torch.autocast(model.device.type, torch.bfloat16) if distributed.mixed_precision() else nullcontext()
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """To what the numbers that `model` makes are rounded."""
+    return torch.bfloat16 if distributed.mixed_precision() else model.dtype
+
+
 def sequence_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Score of each row, read at its last real token: ids int64 [B, S], mask bool [B, S] -> [B]."""
-    hidden = hidden_states(model, ids, mask)
     last = (torch.arange(ids.shape[1], device=ids.device) * mask).argmax(1)
-    return _head(model, hidden[torch.arange(len(ids), device=ids.device), last])
+    rows = torch.arange(len(ids), device=ids.device)
+    return forward_pass(model, lambda: _head(model, hidden_states(model, ids, mask)[rows, last]))
 
 
 def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor, response_length: int) -> Tensor:
     """Value of the state before each of the last T tokens: ids, mask [B, S] -> [B, T], read at positions C-1 … S-2."""
-    return _head(model, hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -response_length:])
+
+    def read() -> Tensor:
+        return _head(model, hidden_states(model, ids[:, :-1], mask[:, :-1])[:, -response_length:])
+
+    return forward_pass(model, read)
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """What the body makes of each token, before any head: ids int64 [B, S], mask bool [B, S] -> [B, S, H]."""
     body = model.base_model
     with remembering_little(model):
-        return body(**forward_inputs(body, ids, mask)).last_hidden_state
+        return forward_pass(model, lambda: body(**forward_inputs(body, ids, mask)).last_hidden_state)
 
 
 _checkpointed: WeakSet[nn.Module] = WeakSet()
@@ -312,7 +338,8 @@ def remembering_little(model: PreTrainedModel) -> Iterator[None]:
 def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     # In bfloat16 two rewards near 1 are equal unless they differ by 0.8 %.
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return nn.functional.linear(hidden.to(wide), model.score.weight.to(wide), model.score.bias.to(wide)).squeeze(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return nn.functional.linear(hidden.to(wide), model.score.weight.to(wide), model.score.bias.to(wide)).squeeze(-1)
 
 
 def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:

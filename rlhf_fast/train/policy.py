@@ -8,7 +8,7 @@ Letters as in `model`: B rows, S tokens of prompt and response together, T of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -17,8 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import gather_logprobs, linear_logprobs, linear_ppo_loss, ppo_loss_from_logits
+from rlhf_fast.train import fsdp
 from rlhf_fast.train.errors import UserError
-from rlhf_fast.train.model import accepts, forward_inputs, hidden_states, remembering_little
+from rlhf_fast.train.model import (
+    accepts,
+    forward_inputs,
+    forward_pass,
+    hidden_states,
+    remembering_little,
+    sequence_scores,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,8 +66,13 @@ def response_logprobs(
     if full_logits:
         logits = _logits(model, ids, mask, response_length)
         return gather_logprobs(logits, labels, inplace_backward=_output_of_linear(logits), **options)
-    hidden = _response_hidden(model, ids, mask, response_length)
-    return linear_logprobs(hidden, labels=labels, **logit_head(model).arguments(), **options)
+    head = logit_head(model)
+
+    def read() -> Tensor | tuple[Tensor, Tensor]:
+        hidden = _response_hidden(model, ids, mask, response_length)
+        return linear_logprobs(hidden, labels=labels, **head.arguments(), **options)
+
+    return forward_pass(model, read)
 
 
 def response_ppo_loss(
@@ -83,8 +96,34 @@ def response_ppo_loss(
     if full_logits:
         logits = _logits(model, ids, mask, response_length)
         return ppo_loss_from_logits(logits, **tensors, **options, inplace=_output_of_linear(logits))
-    hidden = _response_hidden(model, ids, mask, response_length)
-    return linear_ppo_loss(hidden, **tensors, **logit_head(model).arguments(), **options)
+    head = logit_head(model)
+
+    def read() -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = _response_hidden(model, ids, mask, response_length)
+        return linear_ppo_loss(hidden, **tensors, **head.arguments(), **options)
+
+    return forward_pass(model, read)
+
+
+def keep_step(
+    models: Sequence[PreTrainedModel], passes: int, full_logits: bool = False, *, read: Sequence[PreTrainedModel] = ()
+) -> None:
+    """Before so many forward and backward passes of each of `models` in turn: add what this process has less than another.
+
+    Where models are sharded. Of one token each, whose gradient is zero. read: those of `models` that have no backward pass.
+    """
+    for _ in range(fsdp.missing(passes)):
+        for model in models:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            learns = not any(model is other for other in read)
+            with torch.set_grad_enabled(learns):
+                if hasattr(model, "score"):
+                    numbers = sequence_scores(model, ids, mask)
+                else:
+                    numbers = response_logprobs(model, ids, mask, 1, full_logits=full_logits)
+            if learns:
+                (0 * numbers.sum()).backward()
 
 
 def _response_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
@@ -93,8 +132,9 @@ def _response_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:
     kept = {"logits_to_keep": length} if accepts(type(model), "logits_to_keep") else {}
+    inputs = forward_inputs(model, ids[:, :-1], mask[:, :-1]) | kept
     with remembering_little(model):
-        logits = model(**forward_inputs(model, ids[:, :-1], mask[:, :-1]), **kept).logits
+        logits = forward_pass(model, lambda: model.forward(**inputs).logits)
     return logits if logits.shape[1] == length else logits[:, -length:]
 
 
@@ -176,7 +216,7 @@ def _trial(model: PreTrainedModel, layer: nn.Linear) -> tuple[Tensor, Tensor, Te
     mask = torch.ones_like(ids, dtype=torch.bool)
     hook = layer.register_forward_hook(replace)
     try:
-        logits = model(**forward_inputs(model, ids, mask)).logits
+        logits = forward_pass(model, lambda: model.forward(**forward_inputs(model, ids, mask)).logits)
     finally:
         hook.remove()
     if "read" not in seen:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, distributed, engine, estimate, group, loop, lora, trl
+from rlhf_fast.train import checks, distributed, engine, estimate, fsdp, group, loop, lora, trl
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -38,8 +38,8 @@ from rlhf_fast.train.evaluate import Judge, PairJudge, distinct_n
 from rlhf_fast.train.finite import blaming, check_finite, keeping, padded
 from rlhf_fast.train.generate import EOS, STOP_TOKEN, Sample, generation_config, stop_ids
 from rlhf_fast.train.guard import Guard, Settings
-from rlhf_fast.train.model import load_policy, load_scalar_model, reward_from_policy, token_values
-from rlhf_fast.train.policy import FULL_LOGITS, logit_head, response_logprobs, response_ppo_loss
+from rlhf_fast.train.model import compute_dtype, load_policy, load_scalar_model, reward_from_policy, token_values
+from rlhf_fast.train.policy import FULL_LOGITS, keep_step, logit_head, response_logprobs, response_ppo_loss
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.replies import Example, accumulate_loss, encode, reply_tokens
 from rlhf_fast.train.resume import State, claim
@@ -331,7 +331,6 @@ def train(
     averaged = {} if models.average is None else {"average": models.average}
     inputs = {"prompts": (prompts, queries)} | ({"ptx rows": ptx} if ptx else {})
     state = State(models.trained | averaged, optimizer, order, so_far, inputs)
-    distributed.agree(models.trained | averaged)
     loop.seed_process(config.seed)
     with Stage("ppo", config, out, updates, models.policy.num_parameters(), device, recorded, state) as stage:
         if guard:
@@ -373,17 +372,22 @@ def train(
                 loop.say(f"{where}: early stopping, which is no proof of over-optimisation: {early_stop}")
             if (alarm or early_stop) and config.guard == "stop":
                 break
-        policy = models.policy if models.average is None else narrowed(models.average, models.policy)
+        policy = models.policy
+        if models.average is not None:
+            follow(policy, models.average, decay=0.0)  # in the type of its weights
+        saves = True
         if guard:
             so_far.results |= (said := guard.conclusion())
             stopped = config.guard == "stop" and (said["alarm"] or said["early_stop"])
-            policy = guard.load_best() if distributed.is_main() and stopped else policy
+            if stopped and (saves := distributed.is_main()):
+                policy = guard.load_best()
         policy.generation_config = generation_config(
             models.tokenizer, config.response_length, config.temperature, stop=stop
         )
         if models.value is not None:
             save_model(out / "value", models.value, models.tokenizer)
-        save_model(out, policy, models.tokenizer)
+        if saves:
+            save_model(out, policy, models.tokenizer)
         stage.finish(so_far.results)
     return out
 
@@ -489,10 +493,13 @@ def load_models(config: PPOConfig, reward: Any, device: torch.device, chat: Chat
     places = {"dtype": config.dtype, "device": device}
     policy, tokenizer = load_policy(config.model, **places, chat=chat)
     loop.made_trainable(policy, config)
-    reference = policy if config.lora_rank else load_policy(config.model, **places, chat=chat)[0]
+    average = None if config.ema_decay is None else fsdp.spread(averaging(policy))
+    fsdp.spread(policy)
+    reference = policy if config.lora_rank else fsdp.spread(load_policy(config.model, **places, chat=chat)[0])
     value = None
     if reward is None:
         judge, reward_tokenizer = load_scalar_model(config.reward_model, **places)
+        fsdp.spread(judge)
         checks.check_same_words(tokenizer, reward_tokenizer, (config.model, config.reward_model))
     if config.advantage == "gae" and reward is None and config.value_init == "reward":
         value, _ = load_scalar_model(config.reward_model, **places)
@@ -500,10 +507,9 @@ def load_models(config: PPOConfig, reward: Any, device: torch.device, chat: Chat
         value, _ = reward_from_policy(config.model, **places, chat=chat)
         torch.nn.init.zeros_(value.score.weight)
     if value is not None:
-        loop.made_trainable(value, config)
+        fsdp.spread(loop.made_trainable(value, config))
     if reward is not None:
         judge = make_reward(reward, tokenizer=tokenizer, device=device)
-    average = None if config.ema_decay is None else averaging(policy)
     return Models(policy, reference, value, judge, tokenizer, average)
 
 
@@ -514,13 +520,6 @@ def averaging(policy: torch.nn.Module) -> torch.nn.Module:
     average = copy.deepcopy(policy, frozen)
     for parameter in lora.trained(average):
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-    return average
-
-
-def narrowed(average: torch.nn.Module, policy: torch.nn.Module) -> torch.nn.Module:
-    """The average in the types of the policy; itself."""
-    for kept, like in zip(average.parameters(), policy.parameters(), strict=True):
-        kept.data = kept.data.to(like.dtype)
     return average
 
 
@@ -688,7 +687,9 @@ def optimize(
                 stats = accumulate_gradient(batch, rows, models, config, written, warming=warming)
                 losses = {name: stat for name, stat in stats.items() if name.startswith("loss/")}
                 if config.checks and not done:
-                    checks.check_first_ratio(stats["val/ratio"], stats["val/ratio_var"], models.policy.dtype, where)
+                    checks.check_first_ratio(
+                        stats["val/ratio"], stats["val/ratio_var"], compute_dtype(models.policy), where
+                    )
                 norms = loop.clip_and_step(
                     optimizer, learning, losses, rate=rate, max_grad_norm=config.max_grad_norm, where=where
                 )
@@ -805,7 +806,9 @@ def add_gradient(
         "log_ratio_clip": config.log_ratio_clip,
     }
     totals: dict[str, Tensor] = {}
-    for window in rollout.windows(rows, config.micro_batch_size, config.micro_batch_tokens):
+    windows = list(rollout.windows(rows, config.micro_batch_size, config.micro_batch_tokens))
+    keep_step(list(models.trained.values()), len(windows), config.full_logits, read=[models.policy] if warming else ())
+    for window in windows:
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
         old, advantages, ratios = scored.logprobs[place], batch.advantages[place], window.tokens / tokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.train.data import collate
-from rlhf_fast.train.policy import response_logprobs
+from rlhf_fast.train.policy import keep_step, response_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +42,7 @@ def accumulate_loss(
     """
     normalizer = tokens or reply_tokens(example for part in parts for example in part)
     loss = entropy = torch.zeros((), device=model.device)
+    keep_step([model], len(parts), full_logits)
     for part in parts:
         logprobs, entropies = reply_logprobs(model, part, pad_id, full_logits)
         part_loss = -logprobs.sum() / normalizer

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.train import distributed
+from rlhf_fast.train import distributed, fsdp
 from rlhf_fast.train.checkpoint import (
     LOCK,
     SUMMARY,
@@ -111,8 +111,11 @@ class State:
     def files(self) -> list[str]:
         return [f"{name}.safetensors" for name in (*self.models, OPTIMIZER)]
 
-    def save(self, directory: Path, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """Write the tensors to `directory` and return the rest. others: the random states of the other processes."""
+    def save(self, directory: Path | None, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Write the tensors to `directory` and return the rest. others: the random states of the other processes.
+
+        None: give the main process the shares of this one, where models are sharded.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -120,8 +123,11 @@ class State:
         moments = {i: own[p] for i, p in enumerate(_parameters(self.optimizer)) if own.get(p)}
         tensors = {f"{i}.{name}": torch.as_tensor(x) for i, values in moments.items() for name, x in values.items()}
         for file, content in zip(self.files(), [*map(_tensors_of, self.models.values()), tensors], strict=True):
+            whole = fsdp.full_state(content) if fsdp.on() else content
+            if directory is None:
+                continue
             try:
-                save_file(_on_host(content), directory / file)
+                save_file(_on_host(whole), directory / file)
             except SafetensorError as error:
                 raise UserError(f"checkpoint {directory / file} cannot be written: {error}") from None
         idle = [i for i in range(len(_parameters(self.optimizer))) if i not in moments]
@@ -144,7 +150,7 @@ class State:
             stored = _read_tensors(directory / file, own)
             with torch.no_grad():
                 for name, tensor in own.items():
-                    tensor.copy_(stored[name])
+                    tensor.copy_(fsdp.like(tensor, stored[name]))
         self._load_optimizer(directory / self.files()[-1], saved["parameters_without_gradient"])
         initial, found = vars(self.so_far), saved["so_far"]
         if {name: type(value) for name, value in found.items()} != {name: type(x) for name, x in initial.items()}:
@@ -163,7 +169,10 @@ class State:
         expected |= {f"{i}.{name}": p for i, p in trained.items() for name in ("exp_avg", "exp_avg_sq")}
         stored = _read_tensors(path, expected)
         # Copied, because a tensor of a safetensors file may be the mapped file itself, aligned as it happens.
-        own = {name: torch.empty_like(x, requires_grad=False).copy_(stored[name]) for name, x in expected.items()}
+        own = {
+            name: torch.empty_like(x, requires_grad=False).copy_(fsdp.like(x, stored[name]))
+            for name, x in expected.items()
+        }
         state = {i: {name: own[f"{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")} for i in trained}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
@@ -266,7 +275,8 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
     Of several processes the main one looks, once all are found. UserError if the directory holds anything but this stage,
     begun or finished with this config and these data.
     """
-    distributed.join(config.device)
+    fsdp.check()
+    distributed.join(config.device, config.dtype)
     return distributed.from_main(lambda: _claim(name, config))
 
 
@@ -330,7 +340,8 @@ def compare(now: Mapping[str, Any], saved: Mapping[str, Any], where: Path) -> No
             )
     notes = [f"{key} {before[key]} -> {config[key]}" for key in keys]
     machine, then = now.get("machine", {}), saved.get("machine", {})
-    notes += [f"{name} {then.get(name)} -> {value}" for name, value in machine.items() if then.get(name) != value]
+    other = [name for name in {**then, **machine} if then.get(name) != machine.get(name)] if machine else []
+    notes += [f"{name} {then.get(name)} -> {machine.get(name)}" for name in other]
     if notes:
         say(f"{where}: {', '.join(notes)}: from here on sums may be rounded differently than without the interruption")
 
@@ -455,6 +466,7 @@ class Checkpoints:
         """Write a checkpoint of the state, and remove those no longer needed. All processes call it, the main one writes."""
         _, *others = distributed.gathered(_random_states(self._state.order)) if distributed.count() > 1 else [None]
         if not distributed.is_main():
+            self._state.save(None)
             return
         with write_directory(self._place / f"step-{self._state.step:06d}") as partial:
             clocks = {name: getattr(record, name) for name in CLOCKS}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
-from rlhf_fast.train import checks, distributed, estimate, loop
+from rlhf_fast.train import checks, distributed, estimate, fsdp, loop
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -29,6 +29,7 @@ from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.finite import blaming, keeping, padded
 from rlhf_fast.train.generate import generate
 from rlhf_fast.train.model import load_policy, reward_from_policy, sequence_scores
+from rlhf_fast.train.policy import keep_step
 from rlhf_fast.train.record import Stage
 from rlhf_fast.train.resume import State, claim
 
@@ -102,8 +103,8 @@ def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
     order = loop.seed_everything(config.seed)
     places = {"dtype": config.dtype, "device": device, "chat": chat}
     model, tokenizer = reward_from_policy(config.model, **places, std=config.head_init_std)
-    loop.made_trainable(model, config)
-    policy, _ = load_policy(config.model, **places)
+    fsdp.spread(loop.made_trainable(model, config))
+    policy = fsdp.spread(load_policy(config.model, **places)[0])
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -142,7 +143,6 @@ def train(config: RewardConfig, *, dry_run: bool = False) -> Path:
         tried = (lengths, batches, of_rows)
         estimate.passes("reward", config, {"model": model}, optimizer, *tried, sequences=2, device=device)
         return out
-    distributed.agree({"model": model})
     with Stage("reward", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)
@@ -205,6 +205,7 @@ def accumulate_gradient(
     count: so many pairs are in the batch, of which `parts` are this process's share, or nothing; None: they are all of it.
     """
     count = count or sum(map(len, parts))
+    keep_step([model], len(parts))
     if not parts:
         return {}
     rows = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import gae, masked_whiten, shape_rewards
-from rlhf_fast.train import loop
+from rlhf_fast.train import fsdp, loop
 from rlhf_fast.train.errors import NotFinite, UserError
 from rlhf_fast.train.generate import Engine, Sample, generate
 from rlhf_fast.train.lora import switched_off
@@ -185,7 +185,8 @@ def score(
     wide = torch.promote_types(models.policy.dtype, torch.float32)
     logprobs, ref_logprobs, values = (rollout.ids.new_zeros(rollout.response_mask.shape, dtype=wide) for _ in range(3))
     scores = rollout.ids.new_zeros(len(rollout.ids), dtype=wide)
-    for window in rollout.windows(range(len(rollout.ids)), micro_batch_size, micro_batch_tokens):
+    windows = list(rollout.windows(range(len(rollout.ids)), micro_batch_size, micro_batch_tokens))
+    for window in windows + windows[-1:] * fsdp.missing(len(windows)):
         ids, mask, response_mask = rollout.inputs(window)
         place, length = (window.rows, window.response), window.response_length
         scale = {"temperature": temperature, "response_mask": response_mask, "full_logits": full_logits}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_fast.train import checks, distributed, estimate, loop
+from rlhf_fast.train import checks, distributed, estimate, fsdp, loop
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -78,7 +78,7 @@ def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
     sides = split_heldout(rows, fraction=config.heldout_fraction, seed=config.split_seed)
     order = loop.seed_everything(config.seed)
     model, tokenizer = load_policy(config.model, dtype=config.dtype, device=device, chat=chat)
-    loop.made_trainable(model, config)
+    fsdp.spread(loop.made_trainable(model, config))
     loop.use_threads(config.threads, parameters=model.num_parameters(), device=device)
     encoder = loop.Encoder(
         model,
@@ -125,7 +125,6 @@ def train(config: SFTConfig, *, dry_run: bool = False) -> Path:
         tried = (lengths, batches, of_rows)
         estimate.passes("sft", config, {"model": model}, optimizer, *tried, sequences=1, device=device)
         return out
-    distributed.agree({"model": model})
     with Stage("sft", config, out, total_steps, model.num_parameters(), device, recorded, state) as stage:
         for step, rows in stage.steps(batches[state.step :]):
             rate = loop.learning_rate(step, total_steps, peak=config.learning_rate, **schedule)

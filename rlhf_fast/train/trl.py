@@ -49,7 +49,7 @@ class Refused:
     instead: str
 
 
-_WHOLE_MODELS = "models are not spread over processes; lora_rank, gradient_checkpointing and optimizer save memory"
+_LAUNCHER = "the launcher shards models: accelerate launch --use_fsdp --fsdp_version 2"
 REFUSED = {
     "stop_token_id": Refused((None,), "give the text of that token as stop_token"),
     "max_steps": Refused((None, -1), "give total_episodes, which is updates x batch_size"),
@@ -57,7 +57,9 @@ REFUSED = {
     "ref_adapter_name": Refused((None,), "lora_rank makes one adapter, which has no name"),
     "push_to_hub": Refused((None, False), "nothing is uploaded; use `hf upload` on output_dir"),
     "run_name": Refused((None,), "a run is named after output_dir"),
-    "bf16": Refused((None, False), "dtype bfloat16 holds the weights in it, too, and float32 is the default"),
+    "bf16": Refused(
+        (None, False), "accelerate launch --mixed_precision bf16 does it; dtype bfloat16 holds the weights in it, too"
+    ),
     "fp16": Refused((None, False), "use dtype float32 or bfloat16"),
     "optim_args": Refused(
         (None, ""), "the optimizer's settings are adam_beta1, adam_beta2, adam_epsilon, weight_decay"
@@ -70,9 +72,9 @@ REFUSED = {
     "auto_find_batch_size": Refused(
         (None, False), "give micro_batch_size or micro_batch_tokens, which change no result"
     ),
-    "fsdp": Refused((None, False, "", []), _WHOLE_MODELS),
-    "deepspeed": Refused((None, ""), _WHOLE_MODELS),
-    "parallelism_config": Refused((None,), _WHOLE_MODELS),
+    "fsdp": Refused((None, False, "", []), _LAUNCHER),
+    "deepspeed": Refused((None, ""), _LAUNCHER),
+    "parallelism_config": Refused((None,), _LAUNCHER),
     "full_determinism": Refused((None, False), "the seed decides everything on a CPU; on a GPU kernels may round anew"),
     "load_best_model_at_end": Refused((None, False), "give judge and eval_every: guard keeps the policy judged best"),
     "data_seed": Refused((None,), "seed orders the data, too"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import sys
 import traceback
@@ -13,6 +14,8 @@ from typing import Any
 
 from rlhf_fast.train import distributed
 from rlhf_fast.train.errors import UserError
+
+LONGEST = 120  # seconds, after which a process that waits for another in vain is ended
 
 
 def together(work: Callable[[], Any], place: Path, count: int = 2) -> list[Any]:
@@ -37,6 +40,7 @@ def _fork(work: Callable[[], Any], place: Path, rank: int, count: int, port: int
     if child:
         return child
     code = 1
+    signal.alarm(LONGEST)
     try:
         os.chdir(place)
         with Path(f"output-{rank}.txt").open("w", buffering=1) as output:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
-from rlhf_fast.train import distributed, dpo, loop, model, ppo, record, reward, rollout, sft
+from rlhf_fast.train import checks, distributed, dpo, fsdp, guard, loop, model, ppo, record, reward, rollout, sft
 from rlhf_fast.train.errors import UserError
 from tests.train import kill
 from tests.train.ranks import free_port, together
@@ -87,12 +88,31 @@ def trained(stage, asked):
     finish = STAGES[stage].Stage.finish
 
     def spy(self, results):
-        seen["weights"] = [p.detach().numpy() for m in self.state.models.values() for p in m.parameters()]
+        parameters = [p for m in self.state.models.values() for p in m.parameters()]
+        seen["weights"] = [fsdp.full(p.detach()).numpy() for p in parameters]
+        assert all(fsdp.is_share(p) for p in parameters) == fsdp.on()
         finish(self, results)
 
     STAGES[stage].Stage.finish = spy
     STAGES[stage].train(asked)
     return seen["weights"], torch.rand(1).item(), distributed.count()
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+
+
+WHOLE_AND_SHARDED = pytest.mark.parametrize("environment", [{}, FSDP], ids=["whole", "sharded"])
+
+
+def told(environment, work):
+    """`work` in processes whose launcher was told so."""
+
+    def there():
+        os.environ |= environment
+        return work()
+
+    return there
 
 
 CASES = {
@@ -102,7 +122,7 @@ CASES = {
     "reward": ("reward", {}),
     "dpo": ("dpo", {}),
     "ipo": ("dpo", {"loss_type": "ipo", "micro_batch_size": 2}),
-    "ppo": ("ppo", {"micro_batch_tokens": 40}),
+    "ppo": ("ppo", {"micro_batch_tokens": 36}),
     "ppo, minibatches that do not divide": ("ppo", {"batch_size": 9, "num_mini_batches": 3, "total_episodes": 27}),
     "ppo with an adapter": ("ppo", {"lora_rank": 2, "gradient_checkpointing": True}),
     "ppo with an adapter's average": ("ppo", {"lora_rank": 2, "ema_decay": 0.9}),
@@ -115,10 +135,21 @@ CASES = {
             "advantage_clip": 0.5,
             "critic_warmup": 1,
             "rollout_micro_batch_size": 3,
+            "micro_batch_tokens": 36,
         },
     ),
     "grpo": ("ppo", {"advantage": "grpo", "group_size": 4, "entropy_coef": 0.01}),
     "rloo": ("ppo", {"advantage": "rloo", "group_size": 4, "micro_batch_size": 3}),
+}
+
+
+# What is run with sharded models as well: each stage, and unequally many passes in the two processes.
+SHARDED = {
+    "sft in micro-batches of tokens",
+    "reward",
+    "ipo",
+    "ppo-max",
+    "ppo with an adapter's average",
 }
 
 
@@ -133,18 +164,21 @@ def test_two_processes_train_what_one_trains(world, tmp_path, case):
         pytest.importorskip("peft")
     work = functools.partial(trained, stage, config(stage, world, **options))
     (alone,) = together(work, tmp_path / "one", count=1)
-    first, second = together(work, tmp_path / "two")
-    assert (alone[2], first[2], second[2]) == (1, 2, 2)
-    for one, a, b in zip(alone[0], first[0], second[0], strict=True):
-        assert (a == b).all()
-        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(one), rtol=1e-6, atol=1e-8)
-    logs = [tiny.read_log(tmp_path / name / "out") for name in ("one", "two")]
-    assert len(logs[0]) == len(logs[1]) > 2
-    if stage == "dpo":  # before the first update every pair is a tie, which rounding decides
-        for log in logs:
-            del log[0]["rewards/accuracies"]
-    for one, two in zip(*logs, strict=True):
-        assert without_times(two) == pytest.approx(without_times(one), **CLOSE)
+    log, files = [tiny.read_log(tmp_path / "one" / "out"), load_file(tmp_path / "one" / "out" / "model.safetensors")]
+    assert len(log) > 2
+    for name, environment in {"two": {}, "sharded": FSDP}.items() if case in SHARDED else {"two": {}}.items():
+        first, second = together(told(environment, work), tmp_path / name)
+        assert (alone[2], first[2], second[2]) == (1, 2, 2)
+        for one, a, b in zip(alone[0], first[0], second[0], strict=True):
+            assert (a == b).all()
+            torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(one), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            load_file(tmp_path / name / "out" / "model.safetensors"), files, rtol=1e-6, atol=1e-8
+        )
+        for one, two in zip(log, tiny.read_log(tmp_path / name / "out"), strict=True):
+            if stage == "dpo" and one is log[0]:  # before the first update every pair is a tie, which rounding decides
+                one, two = ({k: v for k, v in x.items() if k != "rewards/accuracies"} for x in (one, two))
+            assert without_times(two) == pytest.approx(without_times(one), **CLOSE)
 
 
 def test_ppo_draws_other_numbers_in_each_process(world, tmp_path):
@@ -170,8 +204,16 @@ def test_ppo_draws_other_numbers_in_each_process(world, tmp_path):
 EVERYTHING = {"ptx_coef": 0.5, "ema_decay": 0.8, "reward_scaling": True, "num_sample_generations": 3}
 
 
-@pytest.mark.parametrize(("stage", "options"), [("sft", {}), ("ppo", EVERYTHING)], ids=["sft", "ppo"])
-def test_what_was_killed_continues_with_the_same_bits(world, tmp_path, stage, options):
+KILLED = {
+    "sft": ("sft", {}, {}),
+    "ppo": ("ppo", EVERYTHING, {}),
+    "ppo with sharded models": ("ppo", EVERYTHING, FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
+}
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_what_was_killed_continues_with_the_same_bits(world, tmp_path, case):
+    stage, options, environment = KILLED[case]
     asked = config(stage, world, save_every=0.0, **options)
     train = STAGES[stage].train
 
@@ -192,23 +234,25 @@ def test_what_was_killed_continues_with_the_same_bits(world, tmp_path, stage, op
 
     place = tmp_path / "killed"
     with pytest.raises(FileNotFoundError):
-        together(killed, place)
+        together(told(environment, killed), place)
     assert list((place / "out" / "checkpoints").iterdir())
     with pytest.raises(UserError, match="was left by 2 processes and 1 are here; start as many again"):
         raise together(whole, place, count=1)[0]
-    together(whole, place)
-    together(whole, tmp_path / "peace")
+    together(told(environment, whole), place)
+    together(told(environment, whole), tmp_path / "peace")
     assert "continued after step" in (place / "output-0.txt").read_text()
     assert not (place / "output-1.txt").read_text()
     got, want = (kill.result(where) for where in (place, tmp_path / "peace"))
     assert not kill.difference(got, want) and "out/model.safetensors" in got
 
 
-def test_a_guard_looks_once_and_all_stop_together(world, tmp_path):
+@pytest.mark.parametrize("environment", [{}, FSDP | BF16], ids=["whole", "sharded, in bfloat16"])
+def test_a_guard_looks_once_and_all_stop_together(world, tmp_path, environment):
     """A judge that never says the same twice: both processes act on what the first one heard."""
-    options = {"eval_every": 1, "guard": "stop", "total_episodes": 24}
+    options = {"eval_every": 1, "guard": "stop", "total_episodes": 24, "checks": True}
 
     def work():
+        guard.Guard.alarm = lambda self: "it fell" if len(self.history) == 3 else None
         heard = []
 
         def judge(samples):
@@ -218,10 +262,12 @@ def test_a_guard_looks_once_and_all_stop_together(world, tmp_path):
         ppo.train(config("ppo", world, **options), judge=judge)
         return len(heard)
 
-    first, second = together(work, tmp_path)
+    first, second = together(told(environment, work), tmp_path)
     assert first > 0 and second == 0
     looks = [json.loads(line) for line in (tmp_path / "out" / "looks.jsonl").read_text().splitlines()]
-    assert [look["update"] for look in looks] == list(range(len(looks))) and len(looks) > 1
+    assert [look["update"] for look in looks] == [0, 1, 2]
+    kept, best = (load_file(tmp_path / "out" / place / "model.safetensors") for place in ("", "best"))
+    assert kept.keys() == best.keys() and all(kept[name].equal(best[name]) for name in kept)
 
 
 def test_one_process_tells_the_trackers_and_writes_replies(world, tmp_path):
@@ -254,17 +300,18 @@ def test_a_tracker_that_cannot_begin_stops_all_processes(world, tmp_path):
     assert list(map(str, together(work, tmp_path))) == ["wandb cannot begin"] * 2
 
 
-def test_conversations_are_shared_as_texts_are(tmp_path):
+@WHOLE_AND_SHARDED
+def test_conversations_are_shared_as_texts_are(tmp_path, environment):
     tiny.save_chat_base(tmp_path / "base")
     turns = [[{"role": "user", "content": f"the cat {i}"}] for i in range(16)]
     replies = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     tiny.write_rows(tmp_path / "pairs.jsonl", [{"prompt": prompt, **replies} for prompt in turns])
     options = {"reward_model": None, "total_episodes": 8, "stop_token": "}"}
     asked = config("ppo", tmp_path, **options)
-    outcomes = together(lambda: str(ppo.train(asked, reward=tiny.count_letters)), tmp_path)
+    outcomes = together(told(environment, lambda: str(ppo.train(asked, reward=tiny.count_letters))), tmp_path)
     assert outcomes == ["out", "out"]
-    told = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
-    assert len(told) == 8 and all(row["prompt"].startswith("<|im_start|>user\nthe cat") for row in told)
+    written = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    assert len(written) == 8 and all(row["prompt"].startswith("<|im_start|>user\nthe cat") for row in written)
 
 
 def test_a_mistake_is_the_same_in_all_processes(world, tmp_path):
@@ -280,19 +327,54 @@ def test_too_few_rows_for_the_processes_are_refused(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "words"),
+    ("environment", "options", "words"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "FSDP was asked for, and it is not supported"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed was asked for"),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision bf16; give --mixed_precision no"),
+        (FSDP | {"FSDP_VERSION": "1"}, {}, "FSDP version 1 was asked for and 2 is needed; give --fsdp_version 2"),
+        (
+            FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
+            {},
+            "fsdp_offload_params true was asked for and only false is supported",
+        ),
+        (
+            FSDP | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"},
+            {},
+            "FSDP finds no Block in LlamaForCausalLM; name the class",
+        ),
+        (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, {}, "must be true (as ZeRO 3) or false (as ZeRO 2)"),
+        (FSDP, {"optimizer": "adamw_8bit"}, "'optimizer' adamw_8bit does not know the shares of FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed was asked for, and it is not supported"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "mixed_precision fp16; it must be bf16"),
+        (BF16, {"dtype": "bfloat16"}, "mixed_precision bf16 is for weights in float32 and dtype is bfloat16"),
     ],
 )
-def test_ways_of_spreading_a_model_that_are_not_supported_are_refused(world, tmp_path, variable, value, words):
-    def work():
-        os.environ[variable] = value
-        sft.train(config("sft", world))
+def test_what_a_launcher_may_not_ask_for_is_refused(world, tmp_path, environment, options, words):
+    errors = together(told(environment, lambda: sft.train(config("sft", world, **options))), tmp_path)
+    assert all(words in str(error) for error in errors) and not (tmp_path / "out").exists()
 
-    assert all(words in str(error) for error in together(work, tmp_path)) and not (tmp_path / "out").exists()
+
+def test_mixed_precision_is_bfloat16_over_weights_in_float32(world, tmp_path):
+    """The loss is that in float32 to the rounding of bfloat16, and not the same, in one process and in two with shares."""
+    losses = {}
+    for name, count, environment in (("float32", 1, {}), ("one", 1, BF16), ("shares", 2, BF16 | FSDP)):
+        work = told(environment, lambda: str(sft.train(config("sft", world, checks=True))))
+        assert together(work, tmp_path / name, count=count) == ["out"] * count
+        weights = load_file(tmp_path / name / "out" / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        losses[name] = tiny.read_log(tmp_path / name / "out")[0]["loss"]
+    assert losses["one"] == pytest.approx(losses["float32"], rel=2e-3) == losses["shares"]
+    assert len(set(losses.values())) == 3
+
+
+def test_all_processes_hear_of_a_weight_that_is_not_finite_in_the_share_of_one(tmp_path):
+    def work():
+        distributed.join("cpu")
+        shared = fsdp.spread(tiny.model())
+        shares = shared.get_parameter("model.layers.1.mlp.up_proj.weight").detach().to_local()
+        shares[0] = torch.nan if distributed.rank() == 1 else 0.0
+        checks.check_weights({"model": shared})
+
+    errors = together(told(FSDP, work), tmp_path)
+    assert all("the weights of the model hold NaN or infinity in model.layers.1.mlp" in str(error) for error in errors)
 
 
 def test_gradients_that_no_process_has_stay_absent_and_shares_are_summed(tmp_path):
@@ -345,11 +427,12 @@ def test_joined_rollouts_are_the_rows_of_each(world):
         torch.testing.assert_close(getattr(got, name), getattr(whole, name))
 
 
-def test_a_launcher_starts_a_stage_once_for_all(world, tmp_path):
+# The first is its word for processes of one machine, which without GPUs find each other on the CPU.
+@pytest.mark.parametrize("kind", ["--multi_gpu", "--use_fsdp --fsdp_version 2"])
+def test_a_launcher_starts_a_stage_once_for_all(world, tmp_path, kind):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     if importlib.util.find_spec("accelerate"):
-        # Its word for processes of one machine, which without GPUs find each other on the CPU.
-        words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        words = [sys.executable, "-m", "accelerate.commands.launch", *kind.split(), "--num_processes", "2"]
         port = ("--main_process_port", str(free_port()))
         words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *port]
     places = ["--model", world / "base", "--data", world / "pairs.jsonl", "--output_dir", tmp_path / "out"]
@@ -359,7 +442,9 @@ def test_a_launcher_starts_a_stage_once_for_all(world, tmp_path):
     end = subprocess.run(map(str, command), env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert end.returncode == 0, end.stderr
     assert end.stdout.count("report:") == 1
-    assert json.loads((tmp_path / "out" / "stage.json").read_text())["processes"] == 2
+    summary = json.loads((tmp_path / "out" / "stage.json").read_text())
+    shares = "--use_fsdp" in kind and "--standalone" not in words
+    assert (summary["processes"], summary.get("sharding")) == (2, "FSDP2" if shares else None)
 
 
 def test_commands_of_one_process_say_so(monkeypatch, capsys):
@@ -372,9 +457,10 @@ def test_commands_of_one_process_say_so(monkeypatch, capsys):
     assert "--dry-run looks at one process" in capsys.readouterr().err
 
 
-def test_a_gradient_that_is_not_finite_stops_all_processes_at_the_same_update(world, tmp_path):
+@WHOLE_AND_SHARDED
+def test_a_gradient_that_is_not_finite_stops_all_processes_at_the_same_update(world, tmp_path, environment):
     options = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_schedule": "constant"}
-    errors = together(lambda: sft.train(config("sft", world, **options)), tmp_path)
+    errors = together(told(environment, lambda: sft.train(config("sft", world, **options))), tmp_path)
     where = {str(error).split(":")[0] for error in errors}
     assert len(where) == 1 and where.pop().startswith("sft step ")
     assert all("nothing was updated and the batch is kept in" in str(error) for error in errors)

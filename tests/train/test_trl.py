@@ -148,9 +148,9 @@ def test_names_are_flags_and_stand_in_sections_of_run(capsys):
         ({"num_train_epochs": 3.0}, "'num_train_epochs' 3.0 cannot be honoured: give total_episodes"),
         ({"resume_from_checkpoint": "x/checkpoint-3"}, "its own output_dir"),
         ({"optim": "sgd"}, "the optimizers are adamw_torch, adamw_torch_fused, adamw_8bit, adamw_bnb_8bit"),
-        ({"fsdp": "full_shard"}, "models are not spread over processes; lora_rank"),
-        ({"deepspeed": "ds.json"}, "models are not spread over processes; lora_rank"),
-        ({"bf16": True}, "dtype bfloat16 holds the weights in it"),
+        ({"fsdp": "full_shard"}, "the launcher shards models: accelerate launch --use_fsdp"),
+        ({"deepspeed": "ds.json"}, "the launcher shards models: accelerate launch --use_fsdp"),
+        ({"bf16": True}, "accelerate launch --mixed_precision bf16 does it; dtype bfloat16"),
         (
             {"lr_scheduler_type": "polynomial"},
             "'lr_schedule' must be one of linear, cosine, constant, got 'polynomial'",
