@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -166,6 +166,11 @@ def run(model: nn.Module, function: Callable[[], Result]) -> Result:
         if not torch.is_grad_enabled():
             # torch waits for a backward pass to let them go; the next pass would read what the optimizer has since changed.
             _let_go(model)
+
+
+def entry(model: nn.Module) -> Callable[..., Any]:
+    """The model, to be called inside of `run`: with its hooks, but for those of torch that `run` has gone through already."""
+    return model.forward if is_sharded(model) else model
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> T
     kept = {"logits_to_keep": length} if accepts(type(model), "logits_to_keep") else {}
     inputs = forward_inputs(model, ids[:, :-1], mask[:, :-1]) | kept
     with remembering_little(model):
-        logits = forward_pass(model, lambda: model.forward(**inputs).logits)
+        logits = forward_pass(model, lambda: fsdp.entry(model)(**inputs).logits)
     return logits if logits.shape[1] == length else logits[:, -length:]
 
 
@@ -216,7 +216,7 @@ def _trial(model: PreTrainedModel, layer: nn.Linear) -> tuple[Tensor, Tensor, Te
     mask = torch.ones_like(ids, dtype=torch.bool)
     hook = layer.register_forward_hook(replace)
     try:
-        logits = forward_pass(model, lambda: model.forward(**forward_inputs(model, ids, mask)).logits)
+        logits = forward_pass(model, lambda: fsdp.entry(model)(**forward_inputs(model, ids, mask)).logits)
     finally:
         hook.remove()
     if "read" not in seen:
