@@ -21,6 +21,21 @@ def test_replaces_log_softmax_and_gather(device):
     torch.testing.assert_close(gather_logprobs(logits, labels), eager(logits, labels), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 1, 3)])
+def test_a_call_without_options_is_the_call_with_a_mask_of_ones(shape, with_entropy, device):
+    logits, labels = draw(*shape, device=device)
+    results = []
+    for mask in (None, torch.ones_like(labels)):  # the first goes to the kernel before any check
+        x = logits.clone().requires_grad_()
+        outputs = gather_logprobs(x, labels, mask=mask, with_entropy=with_entropy)
+        outputs = outputs if with_entropy else (outputs,)
+        assert all(out.shape == labels.shape for out in outputs)
+        sum(out.sum() for out in outputs).backward()
+        results.append((*outputs, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(device):
     logits, labels = draw(3, 7, vocab=50_257 if device == "cuda" else 2_503, device=device)
     batch = gather_logprobs(logits, labels, with_entropy=True)
