@@ -97,7 +97,7 @@ def repair(wheel: Path, folder: Path) -> Path:
     """The wheel under its manylinux tag, without a copy of torch's libraries, in `folder`; refused where it has faults."""
     excluded = [word for name in TORCH for word in ("--exclude", name)]
     with tempfile.TemporaryDirectory() as scratch:
-        run("auditwheel", "repair", *excluded, "-w", scratch, wheel, env=with_scripts())
+        run("auditwheel", "repair", "--zip-compression-level", "9", *excluded, "-w", scratch, wheel, env=with_scripts())
         (repaired,) = Path(scratch).glob("*.whl")
         if problems := faults(repaired):
             sys.exit("\n".join(f"{repaired.name}: {problem}" for problem in problems))
