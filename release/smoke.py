@@ -24,8 +24,8 @@ import torch, rlhf_fast
 from rlhf_fast.ops.gae import _gae
 x = torch.zeros(2, 3)
 seen = {}
-original = type(_gae)._below
-type(_gae)._below = lambda self, args: (seen.update({self: args}), original(self, args))[1]
+original = type(_gae).eager
+type(_gae).eager = lambda self, args: (seen.update({self: args}), original(self, args))[1]
 rlhf_fast.gae(x, x)
 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 try:
