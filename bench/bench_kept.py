@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from bench.common import Case, backward, rows, run
+from bench.common import Case, backward, rows, run, wide
 from rlhf_fast import gather_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +21,7 @@ def ours(logits, labels, kept):
 
 def eager(logits, labels, kept):
     keep = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter(-1, kept, True)
-    log_p = logits.float().masked_fill(~keep, -math.inf).log_softmax(-1)
+    log_p = wide(logits).masked_fill(~keep, -math.inf).log_softmax(-1)
     return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.common import Case, backward, rows, run
+from bench.common import Case, backward, rows, run, wide
 from rlhf_fast import kl_divergence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -10,12 +10,12 @@ SIZES = [(4, 16, 82), (1, 1024, 50_257)] if DEVICE == "cpu" else [(4, 16, 82), (
 
 
 def eager(logits, ref_logits):
-    log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    log_p, log_q = wide(logits).log_softmax(-1), wide(ref_logits).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def kl_div(logits, ref_logits):
-    log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    log_p, log_q = wide(logits).log_softmax(-1), wide(ref_logits).log_softmax(-1)
     return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 

@@ -4,14 +4,14 @@ import torch
 
 from bench.bench_logprob import DEVICE, eager
 from bench.bench_ppo_loss import eager_policy
-from bench.common import Case, rows, run
+from bench.common import Case, rows, run, wide
 from rlhf_fast import linear_logprobs, linear_ppo_loss, ppo_policy_loss
 
 SIZES = [(512, 128, 32_000), (512, 128, 151_936)] if DEVICE == "cpu" else [(8192, 4096, 151_936)]
 
 
 def eager_linear(hidden, weight, labels):
-    return eager(torch.nn.functional.linear(hidden, weight).float(), labels)
+    return eager(wide(torch.nn.functional.linear(hidden, weight)), labels)
 
 
 def one_call(hidden, weight, labels, old_logprobs, advantages):

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.common import Case, backward, rows, run
+from bench.common import Case, backward, rows, run, wide
 from rlhf_fast import gather_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ def eager(logits, labels):
 
 
 def eager_entropy(logits, labels):
-    log_p = logits.float().log_softmax(-1)
+    log_p = wide(logits).log_softmax(-1)
     return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
@@ -42,14 +42,20 @@ CASES = []
 for size in SIZES:
     for dtype in (torch.float32, torch.bfloat16):
         both = {"rlhf_fast": lambda x, y: gather_logprobs(x, y, with_entropy=True), "eager": eager_entropy}
+        # Half a minute a case: at one size.
+        compiled = {"torch.compile": torch.compile(eager)} if size[-1] == 50_257 else {}
         CASES += [
-            case("logprobs", size, dtype, {"rlhf_fast": gather_logprobs, "eager": eager}, 1),
+            case("logprobs", size, dtype, {"rlhf_fast": gather_logprobs, "eager": eager, **compiled}, 1),
             case("logprobs + entropy", size, dtype, both, 1),
             case(
                 "logprobs, forward + backward",
                 size,
                 dtype,
-                {"rlhf_fast": backward(gather_logprobs), "eager": backward(eager)},
+                {
+                    "rlhf_fast": backward(gather_logprobs),
+                    "eager": backward(eager),
+                    **{who: backward(function) for who, function in compiled.items()},
+                },
                 3,
             ),
             case(

@@ -59,6 +59,8 @@ def case(name, ours, eager, b, t):
         return tuple(x.to(DEVICE) for x in (new, old, torch.randn(b, t, generator=generator), mask))
 
     contenders = {"rlhf_fast": backward(ours), "eager": backward(eager)}
+    if name == "policy loss" and t == 1024:
+        contenders["torch.compile"] = backward(torch.compile(eager))
     return Case(f"{name}, forward + backward", f"{b}x{t}", inputs, contenders, 1e-5, 25 * b * t)
 
 

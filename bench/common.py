@@ -76,12 +76,30 @@ def peak_of(call: Callable[[], None]) -> int:
     return max(memory("VmHWM") - before, 0)
 
 
+def wide(t: torch.Tensor) -> torch.Tensor:
+    """As careful peers take 16-bit numbers: in float32."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def flat(result) -> list[torch.Tensor]:
     if isinstance(result, torch.Tensor):
         return [result]
     if isinstance(result, dict):
         return []
     return [t for part in result for t in flat(part)]
+
+
+def error_of(results: list[torch.Tensor], case: Case, inputs: tuple) -> float | None:
+    """The largest error against the peer in float64, relative to max(1, |its|); None where its inputs would take gigabytes."""
+    doubles = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]
+    if sum(t.numel() * t.element_size() for t in doubles if isinstance(t, torch.Tensor)) > 2 << 30:
+        return None
+    *_, last = case.contenders.values()
+    exact = flat(case.contenders.get("eager", last)(*doubles))
+    pairs = [
+        (r.double(), e.double()) for r, e in zip(results, exact, strict=False) if r.is_floating_point() and r.numel()
+    ]
+    return max(((r - e).abs() / e.abs().clamp(min=1)).max().item() for r, e in pairs)
 
 
 def run(benchmark, case: Case, who: str) -> None:
@@ -98,8 +116,11 @@ def run(benchmark, case: Case, who: str) -> None:
     def copies():  # a contender may write over its inputs
         return (t.clone() if isinstance(t, torch.Tensor) else t for t in first)
 
-    for a, b in zip(flat(function(*copies())), flat(ours(*copies())), strict=False):
+    results = flat(function(*copies()))
+    for a, b in zip(results, flat(ours(*copies())), strict=False):
         torch.testing.assert_close(a.float(), b.float(), rtol=case.tolerance, atol=case.tolerance)
+    error = error_of(results, case, tuple(copies()))
+    del results
     size = sum(t.numel() * t.element_size() for t in first if isinstance(t, torch.Tensor))
     sets = [first, *(inputs() for _ in range(min(15, ROTATE_BYTES // max(size, 1))))]
     turn = itertools.cycle(sets)
@@ -120,6 +141,7 @@ def run(benchmark, case: Case, who: str) -> None:
         copy=copy_bandwidth(),
         peak=peak_of(call),
         inputs=size,
+        error=error,
     )
     benchmark(call)
 

@@ -55,6 +55,8 @@ def ratios(benchmarks: list[dict]) -> list[dict]:
                     "input_bytes": info["inputs"],
                     "ours_peak_bytes": info["peak"],
                     "peer_peak_bytes": row["extra_info"]["peak"],
+                    "ours_error": info["error"],
+                    "peer_error": row["extra_info"]["error"],
                 }
             )
         if not ours:
@@ -63,7 +65,20 @@ def ratios(benchmarks: list[dict]) -> list[dict]:
 
 
 def render(rows: list[dict]) -> str:
-    columns = ["case", "size", "ours, us", "peer", "ratio", "spread", "GB/s", "of copy", "memory MB", "peer's"]
+    columns = [
+        "case",
+        "size",
+        "ours, us",
+        "peer",
+        "ratio",
+        "spread",
+        "GB/s",
+        "of copy",
+        "memory MB",
+        "peer's",
+        "error",
+        "peer's",
+    ]
     return contenders.table(
         columns,
         [
@@ -78,6 +93,7 @@ def render(rows: list[dict]) -> str:
                 f"{r['of_copy']:.0%}" if r["gb_s"] else "",
                 f"{r['ours_peak_bytes'] / contenders.MB:.1f}",
                 f"{r['peer_peak_bytes'] / contenders.MB:.1f}",
+                *("" if r[side] is None else f"{r[side]:.0e}" for side in ("ours_error", "peer_error")),
             ]
             for r in rows
         ],

@@ -43,6 +43,7 @@ def timing(case: str, size: str, who: str, median: float) -> dict:
         "copy": 1e9,
         "peak": 4 << 20 if who == "eager" else 1 << 20,
         "inputs": 2 << 20,
+        "error": 1e-6,
     }
     stats = {"median": median, "q1": median * 0.9, "q3": median * 1.1}
     return {"group": f"{case} {size}", "extra_info": info, "stats": stats}
