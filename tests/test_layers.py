@@ -14,6 +14,7 @@ LAYERS = [
     "rlhf_fast",  # the package itself: what stands above, exported
     "train.errors",
     "train.distributed",
+    "train.fsdp",
     "train.config",
     "train.rows",
     "train.data",
