@@ -204,3 +204,11 @@ def test_the_gradient_of_the_reference_is_refused():
     logits, ref_logits = draw(2)
     with pytest.raises(ValueError, match=r"`ref_logits` requires grad, .* pass ref_logits.detach\(\)"):
         kl_divergence(logits, ref_logits.requires_grad_())
+
+
+@pytest.mark.parametrize("function", [kl_divergence, kl_divergence_reference])
+def test_a_masked_row_gets_no_gradient_whatever_it_holds(function):
+    logits = torch.tensor([[-math.inf, 1.0, 2.0], [0.0, 1.0, 2.0]], requires_grad=True)
+    ref_logits = torch.tensor([[-math.inf] * 3, [2.0, 1.0, 0.0]])
+    function(logits, ref_logits, mask=torch.tensor([0, 1])).sum().backward()
+    assert (logits.grad[0] == 0).all() and (logits.grad[1] != 0).any()

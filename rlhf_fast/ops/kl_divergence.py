@@ -85,6 +85,9 @@ def kl_divergence_reference(
     mask: Tensor | None = None,
 ) -> Tensor:
     """`kl_divergence` in plain torch, in the dtype of the logits: its specification, and the oracle of its tests."""
+    if mask is not None:  # NaN in a masked row would find its way into the gradient
+        kept = (mask != 0).unsqueeze(-1)
+        logits, ref_logits = torch.where(kept, logits, 0.0), torch.where(kept, ref_logits, 0.0)
     tau = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature
     log_p, log_q = (logits / tau).log_softmax(-1), (ref_logits / tau).log_softmax(-1)
     possible = logits > -math.inf
