@@ -96,7 +96,7 @@ class DirectCall {
       : signature_(std::move(signature)), outputs_(outputs), visible_(visible), to_handle_(std::move(to_handle)),
         from_handles_(std::move(from_handles)), is_neg_(std::move(is_neg)), plain_types_(std::move(plain_types)) {
     if (signature_.size() > kMaxArguments || outputs_ > kMaxArguments) throw py::value_error(op + ": too many arguments");
-    if (visible_ > outputs_) throw py::value_error(op + ": fewer outputs");
+    if (visible_ > outputs_) throw py::value_error(op + ": it has fewer outputs than are to be visible");
     for (auto device : {rlhf_fast::DirectDevice::kCpu, rlhf_fast::DirectDevice::kCuda}) {
       const auto& kernels = rlhf_fast::kernel_table(device).kernels;
       const auto found = kernels.find(op);

@@ -48,8 +48,8 @@ is_grad_enabled = torch.is_grad_enabled
 _LETTERS = {"Tensor": "T", "Optional[Tensor]": "O", "float": "F", "int": "I", "bool": "B"}
 
 
-def _direct_call(name: str, overload, internal: int = 0):
-    """The op as a call past the dispatcher, less its last `internal` outputs; None where this torch lacks what that takes."""
+def _direct_call(name: str, overload, hidden: int = 0):
+    """The op as a call past the dispatcher, less its last `hidden` outputs; None where this torch lacks what that takes."""
     handles = getattr(torch._C, "_aoti", None)
     to_handle = getattr(handles, "unsafe_alloc_void_ptr_from_tensor", None)
     from_handles = getattr(handles, "alloc_tensors_by_stealing_from_void_ptrs", None)  # the singular form leaks
@@ -58,7 +58,7 @@ def _direct_call(name: str, overload, internal: int = 0):
     signature = "".join(_LETTERS[str(a.type)] for a in overload._schema.arguments)
     plain = (Tensor, torch.nn.Parameter)
     outputs = len(overload._schema.returns)
-    call = DirectCall(name, signature, outputs, outputs - internal, to_handle, from_handles, Tensor.is_neg, plain)
+    call = DirectCall(name, signature, outputs, outputs - hidden, to_handle, from_handles, Tensor.is_neg, plain)
     return call.__call__  # bound once
 
 
@@ -103,7 +103,7 @@ class Kernel:
         return found
 
     def _number_hidden(self):
-        return _internal.get(self.name, 0) if self._asked_hidden is None else self._asked_hidden
+        return _hidden.get(self.name, 0) if self._asked_hidden is None else self._asked_hidden
 
     def _visible(self, outputs):
         return outputs[: -self._hidden] if self._hidden else outputs
@@ -141,10 +141,10 @@ class Kernel:
 
     def eager(self, args):
         """The call where torch.compile is not at work, its errors as they come."""
-        if _transforms() or _namespace not in self._overloads:
-            overload = self.overload()
-            if _transforms():
-                return self._visible(overload(*args))
+        if _namespace not in self._overloads:
+            self.overload()
+        if _transforms():
+            return self._visible(self.overload()(*args))
         if is_grad_enabled() and self.name in _functions:
             for i in self._tensors:
                 if args[i] is not None and args[i].requires_grad:
@@ -154,7 +154,7 @@ class Kernel:
 
 _implementations: dict[str, tuple[str, Callable]] = {}
 _functions: dict[str, Callable] = {}
-_internal: dict[str, int] = {}
+_hidden: dict[str, int] = {}
 _registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
 _public_names: dict[str, str] = {}
 
@@ -174,17 +174,17 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     backward_eager: Callable | None = None,
-    internal: int = 0,
+    hidden: int = 0,
     function: str | None = None,
 ) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable).
 
     `backward_eager` takes the place of `backward` in eager calls: one that may write over what the forward pass made, of
-    which the public function gives nothing away. The last `internal` outputs are for the gradient alone. `function` is the public
+    which the public function gives nothing away. The last `hidden` outputs are for the gradient alone. `function` is the public
     function that errors speak of, where its name is not the op's.
     """
     _public_names[name] = function or name
-    _internal[name] = internal
+    _hidden[name] = hidden
     if backward is not None:
         _functions[name] = _function(setup_context, first_derivative_only(name, backward_eager or backward))
         backward = first_derivative_only(name, backward)

@@ -86,7 +86,7 @@ register(
             (rewards.shape[0] // group_size + (1 if scale == SCALES["batch"] else 0), 3), dtype=torch.float64
         ),  # torch 2.10 cannot add a symbolic truth
     ),
-    internal=1,
+    hidden=1,
     setup_context=_setup_context,
     backward=_formula,
 )

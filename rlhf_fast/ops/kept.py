@@ -25,7 +25,7 @@ def keep_only(z: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
 register(
     "kept_logprobs",
     lambda logits, labels, *rest: _logits.fake_outputs(logits, labels, rest[-2]),
-    internal=1,
+    hidden=1,
     setup_context=_logits.setup_context,
     backward=_logits.formula(_backward, _backward_inplace, inputs=11),
     function="gather_logprobs",

@@ -125,5 +125,5 @@ def _formula(ctx, grad, _):
     return logits_grad, None, None, None, None
 
 
-register("kl_divergence", _fake, internal=1, setup_context=_context, backward=_formula)
+register("kl_divergence", _fake, hidden=1, setup_context=_context, backward=_formula)
 register("kl_divergence_backward", lambda grad, logits, *rest: logits.new_empty(logits.shape))

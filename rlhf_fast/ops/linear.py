@@ -419,7 +419,7 @@ def _fake_logprobs(hidden, weight, bias, labels, *rest):
 register(
     "linear_logprobs",
     _fake_logprobs,
-    internal=1,
+    hidden=1,
     setup_context=_context,
     backward=_formula,
 )

@@ -73,17 +73,17 @@ def gather_logprobs(
         type(logits) is Tensor is type(labels)
         and mask is None is kept
         and type(temperature) is float
+        and type(with_entropy) is bool is type(inplace_backward)
         and not is_compiling()
     ):
         # The usual call goes to the kernel at once: for few rows the checks take as long. What it refuses comes to them yet.
         _, *options = _logits.options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index)
-        if type(with_entropy) is bool is type(inplace_backward):
-            try:
-                kernel = _forward if with_entropy else _without_entropy
-                outputs = kernel.eager((logits, labels, None, None, *options, with_entropy, inplace_backward))
-                return outputs if with_entropy else outputs[0]
-            except (TypeError, ValueError, RuntimeError):
-                pass
+        kernel = _forward if with_entropy else _without_entropy
+        try:
+            outputs = kernel.eager((logits, labels, None, None, *options, with_entropy, inplace_backward))
+            return outputs if with_entropy else outputs[0]
+        except (TypeError, ValueError, RuntimeError):
+            pass
     need_tensor(op, "logits", logits)
     need_tensor(op, "labels", labels)
     mask = optional_mask(op, mask)
@@ -160,7 +160,7 @@ def _flat(t: Tensor | None) -> Tensor | None:
 register(
     "gather_logprobs",
     lambda logits, labels, *rest: _logits.fake_outputs(logits, labels, rest[-2]),
-    internal=1,
+    hidden=1,
     setup_context=_logits.setup_context,
     backward=_logits.formula(_backward, _backward_inplace, inputs=10),
 )

@@ -139,7 +139,7 @@ def _fake_mean(x, mask, cu_seqlens):
 register(
     "masked_mean",
     _fake_mean,
-    internal=1,
+    hidden=1,
     setup_context=_mean_context,
     backward=lambda ctx, grad, _: (_mean_backward(grad, *ctx.saved_tensors), None, None),
 )
@@ -147,7 +147,7 @@ register("masked_mean_backward", lambda grad, mask, *rest: grad.new_empty(mask.s
 register(
     "masked_whiten",
     lambda x, mask, *rest: (x.new_empty(x.shape), x.new_empty((4,), dtype=torch.float64)),
-    internal=1,
+    hidden=1,
     setup_context=_whiten_context,
     backward=lambda ctx, grad, _: (_whiten_backward(grad, *ctx.saved_tensors, ctx.shift_mean), None, None, None, None),
 )

@@ -350,14 +350,14 @@ def _fake_loss(stats, *maybe):
 register(
     "ppo_policy_loss",
     _fake_loss(POLICY_STATS, 2),
-    internal=3,
+    hidden=3,
     setup_context=_policy_context,
     backward=_policy_formula,
 )
 register(
     "ppo_value_loss",
     _fake_loss(VALUE_STATS, 1, 2),
-    internal=4,
+    hidden=4,
     setup_context=_context,
     backward=_value_formula,
 )

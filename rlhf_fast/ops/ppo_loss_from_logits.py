@@ -311,7 +311,7 @@ def _fake(logits, labels, *rest):
 register(
     "ppo_loss_from_logits",
     _fake,
-    internal=1,
+    hidden=1,
     setup_context=_context,
     backward=_formula,
     backward_eager=_formula_eager,

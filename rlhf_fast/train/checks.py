@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.train import fsdp
 from rlhf_fast.train.checkpoint import stage_summary
 from rlhf_fast.train.data import collate, common_length
 from rlhf_fast.train.errors import NotFinite, UserError
-from rlhf_fast.train.fsdp import full
 from rlhf_fast.train.model import compute_dtype, hidden_states, sequence_scores
 from rlhf_fast.train.policy import response_logprobs
 from rlhf_fast.train.rollout import Models, Rollout, roll_out
@@ -216,7 +216,7 @@ def check_weights(models: Mapping[str, nn.Module]) -> None:
     """UserError if a weight is NaN or infinite."""
     for name, model in models.items():
         for parameter_name, parameter in model.named_parameters():
-            if not full(parameter.isfinite().all()):
+            if not fsdp.is_finite(parameter):
                 raise UserError(
                     f"the weights of the {name} hold NaN or infinity in {parameter_name}; train or convert it again"
                 )

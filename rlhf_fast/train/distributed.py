@@ -147,6 +147,11 @@ def stretch(number: int) -> slice:
     return slice(number * rank() // count(), number * (rank() + 1) // count())
 
 
+def is_share(tensor: Tensor) -> bool:
+    """Whether this process has a part of it alone: a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
 def combined(
     models: Mapping[str, nn.Module],
     stats: Mapping[str, Tensor],
@@ -163,7 +168,7 @@ def combined(
         return stats
     parameters = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    parameters = [p for p in parameters if not hasattr(p, "full_tensor")]
+    parameters = [p for p in parameters if not is_share(p)]
     mine = {name: value.item() for name, value in stats.items()}, [p.grad is not None for p in parameters]
     parts, present = zip(*gathered(mine), strict=True)
     waiting = []

@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.train import distributed
+from rlhf_fast.train import distributed, fsdp
 from rlhf_fast.train.checkpoint import numbered, write_directory, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.data import collate
 from rlhf_fast.train.errors import NotFinite
-from rlhf_fast.train.fsdp import full
 from rlhf_fast.train.generate import Sample
 from rlhf_fast.train.loop import NOT_FINITE_ADVICE
 
@@ -85,7 +84,7 @@ def _is_finite(item: Item, models: Mapping[str, nn.Module], gradient: Callable[[
         parameter.grad = None
     losses = gradient(item)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return all(bool(full(x.isfinite().all())) for x in (*losses.values(), *gradients))
+    return all(fsdp.is_finite(x) for x in (*losses.values(), *gradients))
 
 
 def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:

@@ -206,16 +206,17 @@ def _let_go(model: nn.Module) -> None:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each process has a share, to all, which call this together; itself if it is whole."""
-    return tensor.full_tensor() if is_share(tensor) else tensor
+    return tensor.full_tensor() if distributed.is_share(tensor) else tensor
 
 
-def is_share(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all of it is, the shares of other processes too, which call this together. bool() of a share sees that alone."""
+    return bool(full(tensor.isfinite().all()))
 
 
 def like(own: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, which every process has as a whole, in shares as `own` is; without a word between processes."""
-    if not is_share(own):
+    if not distributed.is_share(own):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

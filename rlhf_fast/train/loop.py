@@ -389,7 +389,7 @@ def _first_not_finite(models: Mapping[str, nn.Module], losses: Mapping[str, Tens
             return f"the {name} is {loss.item()}"
     for name, model in models.items():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.grad is not None and not fsdp.full(parameter.grad.isfinite().all()):
+            if parameter.grad is not None and not fsdp.is_finite(parameter.grad):
                 return f"the gradient of {name} parameter {parameter_name} is not finite"
     return "the norm of the gradient is not finite"
 

@@ -90,7 +90,7 @@ def trained(stage, asked):
     def spy(self, results):
         parameters = [p for m in self.state.models.values() for p in m.parameters()]
         seen["weights"] = [fsdp.full(p.detach()).numpy() for p in parameters]
-        assert all(fsdp.is_share(p) for p in parameters) == fsdp.on()
+        assert all(distributed.is_share(p) for p in parameters) == fsdp.on()
         finish(self, results)
 
     STAGES[stage].Stage.finish = spy
