@@ -233,7 +233,7 @@ def test_compiles_without_a_graph_break(name, backend):
 
     for kernel in vars(inspect.getmodule(op.function)).values():
         if isinstance(kernel, _common.Kernel):
-            kernel._overloads.clear()  # as before the first eager call
+            kernel._bound = None  # as before the first eager call
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, backend=backend)
     for got, want in zip(run(compiled), run(op.function), strict=True):

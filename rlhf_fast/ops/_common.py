@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast._C import DirectCall
+from rlhf_fast._C import direct_call
 
 _REFUSAL = re.compile(r"\[rlhf_fast:(ValueError|TypeError)\] (.*?)\[end\]", re.DOTALL)
 _NO_KERNEL = "Could not run 'rlhf_fast::"
@@ -58,8 +58,7 @@ def _direct_call(name: str, overload, hidden: int = 0):
     signature = "".join(_LETTERS[str(a.type)] for a in overload._schema.arguments)
     plain = (Tensor, torch.nn.Parameter)
     outputs = len(overload._schema.returns)
-    call = DirectCall(name, signature, outputs, outputs - hidden, to_handle, from_handles, Tensor.is_neg, plain)
-    return call.__call__  # bound once
+    return direct_call(name, signature, outputs, outputs - hidden, to_handle, from_handles, Tensor.is_neg, plain)
 
 
 class Kernel:
@@ -77,7 +76,9 @@ class Kernel:
         self.name = name
         self.function = function or name
         self._asked_hidden = hidden
-        self._overloads: dict[str, Any] = {}
+        self._bound: str | None = None  # the namespace of what follows
+        self._overload: Any = None
+        self._function: Any = None  # the call that makes its gradient
         self._direct: Any = None
         self._direct_visible: Any = None  # without the hidden outputs
         self._hidden = 0
@@ -85,22 +86,26 @@ class Kernel:
         self._options = 0  # where the arguments after the last tensor begin
 
     def overload(self):
-        found = self._overloads.get(_namespace)
-        if found is None:
-            found = getattr(getattr(torch.ops, _namespace), self.name).default
-            self._overloads[_namespace] = found
-            self._tensors = tuple(i for i, a in enumerate(found._schema.arguments) if "Tensor" in str(a.type))
-            self._options = 1 + max(self._tensors)
-            self._hidden = self._number_hidden()
-            if _namespace == "rlhf_fast":
-                in_python = _implementations.get(self.name)
-                if in_python:
-                    self._direct = in_python[1]
-                    self._direct_visible = lambda *args: self._visible(in_python[1](*args))
-                else:
-                    self._direct = _direct_call(self.name, found)
-                    self._direct_visible = _direct_call(self.name, found, self._hidden)
-        return found
+        if self._bound is not _namespace:
+            self._bind()
+        return self._overload
+
+    def _bind(self):
+        self._overload = found = getattr(getattr(torch.ops, _namespace), self.name).default
+        self._function = _functions.get(self.name)
+        self._tensors = tuple(i for i, a in enumerate(found._schema.arguments) if "Tensor" in str(a.type))
+        self._options = 1 + max(self._tensors)
+        self._hidden = self._number_hidden()
+        self._direct = self._direct_visible = None
+        if _namespace == "rlhf_fast":
+            in_python = _implementations.get(self.name)
+            if in_python:
+                self._direct = in_python[1]
+                self._direct_visible = lambda *args: self._visible(in_python[1](*args))
+            else:
+                self._direct = _direct_call(self.name, found)
+                self._direct_visible = _direct_call(self.name, found, self._hidden)
+        self._bound = _namespace
 
     def _number_hidden(self):
         return _hidden.get(self.name, 0) if self._asked_hidden is None else self._asked_hidden
@@ -111,12 +116,12 @@ class Kernel:
     def _below(self, args, visible=False):
         """The op without its autograd; all its outputs, or those that are `visible`."""
         direct = self._direct_visible if visible else self._direct
-        if direct is not None and _namespace == "rlhf_fast" and not (_dispatch_modes() or _profiling() or _tracing()):
+        if direct is not None and not (_dispatch_modes() or _profiling() or _tracing()):
             result = direct(*args)
             if result is not NotImplemented:
                 return result
         with _below_autograd():
-            outputs = self.overload()(*args)
+            outputs = self._overload(*args)
         return self._visible(outputs) if visible else outputs
 
     def __call__(self, *args):
@@ -141,14 +146,14 @@ class Kernel:
 
     def eager(self, args):
         """The call where torch.compile is not at work, its errors as they come."""
-        if _namespace not in self._overloads:
-            self.overload()
+        if self._bound is not _namespace:
+            self._bind()
         if _transforms():
-            return self._visible(self.overload()(*args))
-        if is_grad_enabled() and self.name in _functions:
+            return self._visible(self._overload(*args))
+        if self._function is not None and is_grad_enabled():
             for i in self._tensors:
                 if args[i] is not None and args[i].requires_grad:
-                    return _functions[self.name](*args[: self._options], (self, args))
+                    return self._function(*args[: self._options], (self, args))
         return self._below(args, visible=True)
 
 
@@ -180,15 +185,16 @@ def register(
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable).
 
     `backward_eager` takes the place of `backward` in eager calls: one that may write over what the forward pass made, of
-    which the public function gives nothing away. The last `hidden` outputs are for the gradient alone. `function` is the public
-    function that errors speak of, where its name is not the op's.
+    which the public function gives nothing away. The last `hidden` outputs are for the gradient alone, and eager calls give
+    the formulas no gradients of them. `function` is the public function that errors speak of, where its name is not the op's.
     """
     _public_names[name] = function or name
     _hidden[name] = hidden
-    if backward is not None:
+    if backward is None:
+        _registrations[name] = (fake, None, None)
+    else:
         _functions[name] = _function(setup_context, first_derivative_only(name, backward_eager or backward))
-        backward = first_derivative_only(name, backward)
-    _registrations[name] = (fake, setup_context, backward)
+        _registrations[name] = (fake, setup_context, first_derivative_only(name, backward))
     _register_in("rlhf_fast", name)
 
 
@@ -230,9 +236,9 @@ class _Refusal(torch.autograd.Function):
 
 
 def _function(setup_context: Callable, formula: Callable) -> Callable:
-    """The op with its gradient, called with its tensors and (kernel, all inputs): each input costs a call time.
+    """The op with its gradient, called with (its tensors, (kernel, all inputs)): each input costs a call time.
 
-    torch drops the None that the formula has for each other input.
+    torch drops the None that the formula has for each other input; it has one at least.
     """
 
     class EagerFunction(torch.autograd.Function):
@@ -241,12 +247,9 @@ def _function(setup_context: Callable, formula: Callable) -> Callable:
             kernel, inputs = inputs[-1]
             outputs = kernel._below(inputs)
             setup_context(ctx, inputs, outputs)
-            ctx.hidden = (None,) * kernel._hidden
             return kernel._visible(outputs)
 
-        @staticmethod
-        def backward(ctx, *gradients):
-            return *formula(ctx, *gradients, *ctx.hidden), None
+        backward = staticmethod(formula)
 
     # Function.apply first asks each input for traces of a functorch transform. Under one, a call does not come here.
     return super(torch.autograd.Function, EagerFunction).apply

@@ -45,7 +45,8 @@ def fake_outputs(logits, labels, with_entropy):
 def setup_context(ctx, inputs, output):
     *tensors, tau, cap, scale, ignore_index, with_entropy, inplace = inputs
     ctx.options = (tau, cap, scale, ignore_index), with_entropy, inplace
-    ctx.overwritten = False
+    if inplace:
+        ctx.overwritten = False
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -55,15 +56,15 @@ def formula(backward: Callable, backward_inplace: Callable, inputs: int, functio
     """The gradient to the logits, the first of an op's `inputs` inputs, by one of two kernels."""
     nothing, others = (None,) * inputs, (None,) * (inputs - 1)
 
-    def run(ctx, grad_logprobs, grad_entropy, _):
+    def run(ctx, grad_logprobs, grad_entropy=None, *_):
         if grad_logprobs is None and grad_entropy is None:
             return nothing
-        if ctx.overwritten:
+        options, with_entropy, inplace = ctx.options
+        if inplace and ctx.overwritten:
             raise RuntimeError(
                 f"{function}(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be "
                 "no second one; pass inplace_backward=False to run backward twice"
             )
-        options, with_entropy, inplace = ctx.options
         logits, *rest = ctx.saved_tensors
         gradients = grad_logprobs, grad_entropy if with_entropy else None
         # A traced graph may not write over what it saved; the compiler plans that memory itself.

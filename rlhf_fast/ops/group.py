@@ -74,7 +74,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _formula(ctx, grad, _):
+def _formula(ctx, grad, *_):
     return None if grad is None else _backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 

@@ -120,7 +120,7 @@ def _context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _formula(ctx, grad, _):
+def _formula(ctx, grad, *_):
     logits_grad = None if grad is None else _backward(grad, *ctx.saved_tensors, ctx.tau)
     return logits_grad, None, None, None, None
 

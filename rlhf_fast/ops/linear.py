@@ -381,7 +381,7 @@ def _context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _formula(ctx, grad_logprobs, grad_entropy, _):
+def _formula(ctx, grad_logprobs, grad_entropy, *_):
     nothing = (None,) * 13
     if grad_logprobs is None and grad_entropy is None:
         return nothing

@@ -141,7 +141,8 @@ register(
     _fake_mean,
     hidden=1,
     setup_context=_mean_context,
-    backward=lambda ctx, grad, _: (_mean_backward(grad, *ctx.saved_tensors), None, None),
+    # One None more than inputs: of those, this op has no other than tensors.
+    backward=lambda ctx, grad, *_: (_mean_backward(grad, *ctx.saved_tensors), None, None, None),
 )
 register("masked_mean_backward", lambda grad, mask, *rest: grad.new_empty(mask.shape))
 register(
@@ -149,6 +150,6 @@ register(
     lambda x, mask, *rest: (x.new_empty(x.shape), x.new_empty((4,), dtype=torch.float64)),
     hidden=1,
     setup_context=_whiten_context,
-    backward=lambda ctx, grad, _: (_whiten_backward(grad, *ctx.saved_tensors, ctx.shift_mean), None, None, None, None),
+    backward=lambda ctx, grad, *_: (_whiten_backward(grad, *ctx.saved_tensors, ctx.shift_mean), None, None, None, None),
 )
 register("masked_whiten_backward", lambda grad, x, *rest: x.new_empty(x.shape))
