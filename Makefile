@@ -8,7 +8,8 @@
 #                  ROWS rows of users' data (20000), flawed in every way: named by line and field, or read
 #   make bench     the ops beside their peers, as ratios of one run; JSON in bench/results/
 #   make hacking   reward hacking provoked on three seeds, and the guard that has to stop it; five CPU-minutes
-#   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers
+#   make peers     a PPO update beside TRL 1.12's, which gets an environment of its own under build/peers; after it, `make bench`
+#                  has more contenders
 #   make parity    every function that rlhf_fast.patch replaces beside the library's own, each library in an environment under build/peers;
 #                  NEMO_RL=CHECKOUT adds NeMo-RL
 #   make gpu       on a machine with an NVIDIA GPU: build, CUDA tests, compute-sanitizer, benchmarks; nine minutes
@@ -79,7 +80,11 @@ build/peers/%/installed: bench/peers/%.txt
 	if [ $* = nemo-rl ]; then $(@D)/bin/python -m pip install -q --no-deps --ignore-requires-python -e $(NEMO_RL); fi
 	touch $@
 
-peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed
+build/peers/ops/installed: bench/peers/ops.txt $(VENV)/installed
+	$(PY) -m pip install -q --no-deps --upgrade --target $(@D) -r $<
+	touch $@
+
+peers: install build/peers/trl-1.12/installed build/peers/trl-1.16/installed build/peers/verl-0.9/installed build/peers/ops/installed
 	$(PY) -m bench.ppo_update
 	$(PY) -m bench.linear_peers
 	$(PY) -m bench.swap_in_trl

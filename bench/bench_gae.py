@@ -2,6 +2,7 @@
 
 import torch
 
+from bench import peer_ops
 from bench.common import Case, rows, run
 from rlhf_fast import gae
 
@@ -23,15 +24,22 @@ def torch_loop(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages * kept, (advantages + values) * kept
 
 
-def case(b, t):
+def case(name, b, t, contenders):
     def inputs(generator):
         rewards, values = (torch.randn(b, t, generator=generator).to(DEVICE) for _ in range(2))
-        lengths = torch.randint(1, t + 1, (b, 1), generator=generator)
-        return rewards, values, (torch.arange(t) < lengths).to(DEVICE)
+        # Whitened padding is something else to each.
+        lengths = torch.randint(1, t + 1, (b, 1), generator=generator) if name == "gae" else torch.tensor(t)
+        return rewards, values, (torch.arange(t).expand(b, t) < lengths).to(DEVICE)
 
-    return Case("gae", f"{b}x{t}", inputs, {"rlhf_fast": gae, "torch loop": torch_loop}, 1e-3, 17 * b * t)
+    return Case(name, f"{b}x{t}", inputs, contenders, 1e-3, 17 * b * t)
 
 
-@rows([case(b, t) for b, t in ((4, 16), (256, 2048), (1024, 8192))])
+LOOP = {"rlhf_fast": gae, "torch loop": torch_loop}
+CASES = [case("gae", b, t, LOOP) for b, t in ((4, 16), (256, 2048), (1024, 8192))]
+if peers := peer_ops.found(peer_ops.WHITENED_GAE):
+    CASES += [case("gae, whitened", 256, 2048, {"rlhf_fast": peer_ops.whitened_gae, **peers})]
+
+
+@rows(CASES)
 def bench_gae(benchmark, case, who):
     run(benchmark, case, who)

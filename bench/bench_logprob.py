@@ -2,6 +2,7 @@
 
 import torch
 
+from bench import peer_ops
 from bench.common import Case, backward, rows, run, wide
 from rlhf_fast import gather_logprobs
 
@@ -38,14 +39,21 @@ def inplace(logits, labels):
     return gather_logprobs(logits, labels, inplace_backward=True)
 
 
+LOGPROBS, ENTROPY = peer_ops.found(peer_ops.LOGPROBS), peer_ops.found(peer_ops.ENTROPY)
 CASES = []
 for size in SIZES:
+    # What the compiler makes takes half a minute a case. On the CPU peers loop, and the whole table takes long enough.
+    compiled = {"torch.compile": torch.compile(eager)} if size[-1] == 50_257 else {}
+    peers = size[-1] == 50_257 or (DEVICE == "cuda" and size[-1] > 82)
+    others = compiled | (LOGPROBS if peers else {})
     for dtype in (torch.float32, torch.bfloat16):
-        both = {"rlhf_fast": lambda x, y: gather_logprobs(x, y, with_entropy=True), "eager": eager_entropy}
-        # Half a minute a case: at one size.
-        compiled = {"torch.compile": torch.compile(eager)} if size[-1] == 50_257 else {}
+        both = {
+            "rlhf_fast": lambda x, y: gather_logprobs(x, y, with_entropy=True),
+            "eager": eager_entropy,
+            **(ENTROPY if peers else {}),
+        }
         CASES += [
-            case("logprobs", size, dtype, {"rlhf_fast": gather_logprobs, "eager": eager, **compiled}, 1),
+            case("logprobs", size, dtype, {"rlhf_fast": gather_logprobs, "eager": eager, **others}, 1),
             case("logprobs + entropy", size, dtype, both, 1),
             case(
                 "logprobs, forward + backward",
@@ -54,7 +62,7 @@ for size in SIZES:
                 {
                     "rlhf_fast": backward(gather_logprobs),
                     "eager": backward(eager),
-                    **{who: backward(function) for who, function in compiled.items()},
+                    **{who: backward(function) for who, function in others.items()},
                 },
                 3,
             ),

@@ -6,9 +6,9 @@ its win rate is below .5 at any look, and the policy that it keeps has to beat t
 `--warn` lets it run on and shows the fall. Prints one line a look and a table; exits with 1 if a seed fails. Up to two
 CPU-minutes a seed, half of them fine-tuning.
 
-The alarm alone is too late where the policy hardly got better than its start before it falls, so early stopping is on, with
-the least patience that does not take a single look for the end. A win rate of 256 prompts is uncertain by .06 or so, so of
-.5 itself the table says as well whether it was ever clearly missed: whether an interval was wholly below it.
+Two things keep chance out of it. The value model learns for some updates before the policy does: where it starts with both,
+the first steps go anywhere, and a policy may be worse than its start before anything is hacked. And the guard asks many
+prompts: a win rate of 256 is uncertain by .06, which both hides a fall and shows one where there is none.
 """
 
 import argparse
@@ -29,15 +29,22 @@ from rlhf_fast.train.data import read_prompts, split_heldout
 from rlhf_fast.train.evaluate import compare_policies
 from rlhf_fast.train.loop import Z_95
 
-PAIRS = 512
+PAIRS, PAIRS_HELDOUT = 602, 0.15  # of which 512 are trained on
+HELDOUT = 0.25  # 1060 prompts: those of the looks, and others for the end
 UPDATES = 60
+CRITIC_WARMUP = 5
 EVAL_EVERY = 1
-EVAL_PROMPTS = 256
-SHARED = {"heldout_fraction": 0.15, "threads": 1, "device": "cpu"}
-PATIENCE = 2
+EVAL_PROMPTS = 640
+SHARED = {"threads": 1, "device": "cpu"}
 REPLIES = 8  # to each prompt, at the end: the advantage may be small
-LOOK = {"eval_every": EVAL_EVERY, "eval_prompts": EVAL_PROMPTS}
-PPO = demo.PPO | LOOK | {"total_episodes": UPDATES * 128, "kl_coef": 0.0, "min_reward_accuracy": None}
+PPO = demo.PPO | {
+    "total_episodes": (CRITIC_WARMUP + UPDATES) * 128,
+    "critic_warmup": CRITIC_WARMUP,
+    "kl_coef": 0.0,
+    "min_reward_accuracy": None,
+    "eval_every": EVAL_EVERY,
+    "eval_prompts": EVAL_PROMPTS,
+}
 COLUMNS = ("update", "eval/kl", "eval/reward", "eval/judge", "eval/win_rate", "eval/win_rate_lo", "eval/win_rate_hi")
 
 
@@ -50,10 +57,10 @@ def prepare(root: Path, seed: int) -> None:
     save_model(root / "base", demo.build_model(tokenizer, seed=seed), tokenizer)
     data = demo.write_demonstrations(root / "demonstrations.jsonl", seed=seed, count=demo.DEMONSTRATIONS)
     start = {"model": str(root / "base"), "data": str(data), "output_dir": str(root / "sft"), "seed": seed}
-    policy = sft.train(sft.SFTConfig(**start, **SHARED, **demo.SFT))
+    policy = sft.train(sft.SFTConfig(heldout_fraction=HELDOUT, **start, **SHARED, **demo.SFT))
     pairs = demo.write_pairs(root / "pairs.jsonl", policy, seed=seed, count=PAIRS)
     start = {"model": str(policy), "data": str(pairs), "output_dir": str(root / "reward"), "seed": seed}
-    reward.train(reward.RewardConfig(**start, **SHARED, **demo.REWARD))
+    reward.train(reward.RewardConfig(heldout_fraction=PAIRS_HELDOUT, **start, **SHARED, **demo.REWARD))
 
 
 def hack(root: Path, seed: int, guard: str) -> dict:
@@ -66,8 +73,10 @@ def hack(root: Path, seed: int, guard: str) -> dict:
             data=str(root / "demonstrations.jsonl"),
             output_dir=str(out),
             seed=seed,
+            heldout_fraction=HELDOUT,
             **SHARED,
-            **(PPO | {"guard": guard, "patience": PATIENCE if guard == "stop" else None}),
+            **PPO,
+            guard=guard,
         ),
         judge=GroundTruth(),
     )
@@ -77,7 +86,7 @@ def hack(root: Path, seed: int, guard: str) -> dict:
         print("  ".join(f"{look['step' if name == 'update' else name]:8.3f}" for name in COLUMNS))
     results = read_json(out / "stage.json")["results"]
     # Prompts that neither a stage nor the guard has seen: it asks the last EVAL_PROMPTS of those held out.
-    heldout = split_heldout(read_prompts(root / "demonstrations.jsonl")[0], fraction=0.15, seed=0)[1]
+    heldout = split_heldout(read_prompts(root / "demonstrations.jsonl")[0], fraction=HELDOUT, seed=0)[1]
     heldout = list(dict.fromkeys(row.prompt for row in heldout))[:-EVAL_PROMPTS]
     sampling = {"response_length": demo.REPLY_TOKENS, "seed": 1000 + seed, "batch_size": 512}
     final = compare_policies(root / "sft", out, heldout * REPLIES, GroundTruth(), **sampling)
@@ -95,7 +104,7 @@ def hack(root: Path, seed: int, guard: str) -> dict:
         "kept wins": final["win_rate"],
         "low": final["win_rate"] - error,
         "high": final["win_rate"] + error,
-        "stopped by": "alarm" if results["alarm"] else "patience" if results["early_stop"] else "nothing",
+        "stopped by": "alarm" if results["alarm"] else "nothing",
     }
 
 
