@@ -53,7 +53,7 @@ from rlhf_fast.train.evaluate import Judge, compare_policies
 from rlhf_fast.train.loop import say
 from rlhf_fast.train.model import create_llama, load_policy
 from rlhf_fast.train.ppo import PPOConfig
-from rlhf_fast.train.report import write_report
+from rlhf_fast.train.report import PAGE, write_report
 from rlhf_fast.train.resume import compare, tidy
 from rlhf_fast.train.reward import RewardConfig
 from rlhf_fast.train.sft import SFTConfig
@@ -223,26 +223,33 @@ def _stages(
     else:
         trained = dpo.train(stage_config(config, config.dpo, model=sft_dir, data=pairs, output_dir=out / "dpo"))
         sampling = {"response_length": config.dpo.max_response_tokens}
-    if (out / EVALUATION).is_file():
+    if complete(out):
         return
-    say("evaluation: both policies answer the held-out prompts")
-    _, prompts = read_split(config, read_prompts, config.data, Chat.of(config, sft_dir))
-    _, preferences = read_split(config, read_preferences, pairs, Chat.of(config, sft_dir))
-    evaluation = compare_policies(
-        sft_dir,
-        trained,
-        list(dict.fromkeys(row.prompt for row in prompts))[: config.eval_prompts],
-        judge,
-        reward_dir=reward_dir,
-        preferences=preferences,
-        kl=stage_summary(trained)["results"].get("objective/kl"),
-        max_prompt_tokens=last_stage(config).max_prompt_tokens,
-        **sampling,
-        seed=config.seed,
-        device=str(loop.pick_device(config.device)),
-    )
-    write_json(out / EVALUATION, evaluation)
+    if not (out / EVALUATION).is_file():
+        say("evaluation: both policies answer the held-out prompts")
+        _, prompts = read_split(config, read_prompts, config.data, Chat.of(config, sft_dir))
+        _, preferences = read_split(config, read_preferences, pairs, Chat.of(config, sft_dir))
+        evaluation = compare_policies(
+            sft_dir,
+            trained,
+            list(dict.fromkeys(row.prompt for row in prompts))[: config.eval_prompts],
+            judge,
+            reward_dir=reward_dir,
+            preferences=preferences,
+            kl=stage_summary(trained)["results"].get("objective/kl"),
+            max_prompt_tokens=last_stage(config).max_prompt_tokens,
+            **sampling,
+            seed=config.seed,
+            device=str(loop.pick_device(config.device)),
+        )
+        write_json(out / EVALUATION, evaluation)
     write_report(out)
+
+
+def complete(out: Path) -> bool:
+    """Whether the evaluation is there, and its report: a process may be killed between them."""
+    evaluation, page = out / EVALUATION, out / PAGE
+    return evaluation.is_file() and page.is_file() and page.stat().st_mtime_ns >= evaluation.stat().st_mtime_ns
 
 
 def last_stage(config: RunConfig) -> PPOConfig | DPOConfig:
@@ -265,7 +272,7 @@ def claim(config: RunConfig) -> tuple[Path, bool]:
         return claim_output(out), False
     now, before = ({k: v for k, v in x.items() if k not in STAGES} for x in (to_dict(config), load_yaml(out / CONFIG)))
     compare({"config": now}, {"config": before}, out)
-    return out, (out / EVALUATION).is_file()
+    return out, complete(out)
 
 
 @contextmanager

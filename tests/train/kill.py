@@ -136,6 +136,7 @@ def child(train: Callable[[], Path], place: Path, *, event: int = 0, after: floa
     place.mkdir(parents=True, exist_ok=True)
     output, counted = place / "output.txt", place / "events.txt"
     counted.unlink(missing_ok=True)
+    output.write_text("")  # it may be killed before it has opened this
     pid = os.fork()
     if pid == 0:
         code = CRASHED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,21 @@ def test_a_finished_run_is_left_alone_and_one_with_another_config_refused(finish
     with pytest.raises(UserError, match="already holds files"):
         run(dataclasses.replace(config, resume=False))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_killed_while_its_report_was_written_is_completed(finished, tmp_path):
+    config, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    config, out = dataclasses.replace(config, output_dir=str(tmp_path / "out")), tmp_path / "out"
+    page, partial = out / "report.html", out / ".report.html.partial-7"
+    evaluated = (out / "evaluation.json").stat().st_mtime_ns
+    page.rename(partial)
+    assert run(config) == out
+    assert page.read_text() and not partial.exists(), "nothing was there"
+    os.utime(page, ns=(0, evaluated - 1))
+    assert run(config) == out
+    assert page.stat().st_mtime_ns >= evaluated, "one was there, of the time before the evaluation"
+    assert (out / "evaluation.json").stat().st_mtime_ns == evaluated
 
 
 def test_a_stage_that_has_not_begun_may_be_changed(finished, tmp_path):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
-from rlhf_fast.train.checkpoint import flush, write_json
+from rlhf_fast.train.checkpoint import write_file, write_json
 from rlhf_fast.train.report import curves, findings
 from rlhf_fast.train.report.page import render
 from rlhf_fast.train.report.read import STAGES, Run, finite, read_run
 
-__all__ = ["write_report"]
+__all__ = ["PAGE", "write_report"]
 
+PAGE = "report.html"
 REPEATED = ("samples", "worst_samples", "scores_before", "scores_after")  # long, and already in evaluation.json
 
 
@@ -25,11 +25,9 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     write_json(run.directory / "report.json", summarise(run))
-    path = run.directory / "report.html"
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(render(run), encoding="utf-8")
-    flush(partial)
-    os.replace(partial, path)
+    path = run.directory / PAGE
+    with write_file(path) as partial:
+        partial.write_text(render(run), encoding="utf-8")
     return path
 
 
