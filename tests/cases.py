@@ -94,7 +94,7 @@ def restride(rng: random.Random, x: Tensor, rows_only=False) -> Tensor:
 
 
 def draw_shape(rng: random.Random) -> tuple[int, int]:
-    return rng.choice([0, 1, 2, 3, 5]), rng.choice([0, 1, 2, 7, 8, 33, 64, 257, 1025, 2049])
+    return rng.choice([0, 1, 2, 3, 5]), rng.choice([0, 1, 2, 7, 8, 33, 64] * 3 + [257, 1025, 2049])
 
 
 def draw_rows(rng: random.Random) -> tuple[tuple[int, ...], int, dict]:
@@ -102,7 +102,7 @@ def draw_rows(rng: random.Random) -> tuple[tuple[int, ...], int, dict]:
     if rng.random() < 0.6:
         shape = draw_shape(rng)
         return shape, shape[0], {}
-    lengths = [rng.choice([0, 1, 7, 8, 40, 300, 2049]) for _ in range(rng.choice([1, 1, 2, 3, 5]))]
+    lengths = [rng.choice([0, 1, 7, 8, 40] * 3 + [300, 2049]) for _ in range(rng.choice([1, 1, 2, 3, 5]))]
     offsets = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)])
     offsets = offsets.to(rng.choice([torch.int32, torch.int64]))
     return (sum(lengths),), len(lengths), {"cu_seqlens": restride(rng, offsets)}
@@ -255,7 +255,7 @@ def draw_gae(rng: random.Random) -> Call:
         offsets = [sum(lengths[:i]) for i in range(rows + 1)]
         kwargs["cu_seqlens"] = torch.tensor(offsets, dtype=rng.choice([torch.int32, torch.int64]))
     else:
-        shape = (rng.choice([0, 1, 2, 3]), rng.choice([0, 1, 2, 7, 8, 33, 64, 257] * 3 + [400, 2049]))
+        shape = (rng.choice([0, 1, 2, 3]), rng.choice([0, 1, 2, 7, 8, 33, 64] * 12 + [257] * 4 + [400, 2049]))
         rows = shape[0]
     if rng.random() < 0.7:
         kwargs["mask"] = draw_mask(rng, shape)
