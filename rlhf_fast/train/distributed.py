@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 SEED_STEP = 100_003  # between the seeds of processes: Huang et al. 2024, arXiv 2403.17031
 # What accelerate launch can be told that is not done here.
 REFUSED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
-ADVICE = "its layers would have to be the model's; --use_fsdp --fsdp_version 2 shares models out"
+ADVICE = "--use_fsdp --fsdp_version 2 shards models, --use_deepspeed --zero_stage 2 the optimizer's state"
 PLACE = "_hp_mapping"  # of a parameter in DeepSpeed's flat tensor
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,9 +29,6 @@ from torch import Tensor, nn
 from rlhf_fast.train import distributed, fsdp
 from rlhf_fast.train.config import flatten
 from rlhf_fast.train.errors import UserError
-
-if TYPE_CHECKING:
-    from rlhf_fast.train.loop import StageConfig
 
 ASKED, FILE = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 OLDEST = "0.19.6"  # lets the caller say when gradients are complete, and sums them
@@ -45,8 +42,9 @@ FLAGS = {
     CLIPPING: "ACCELERATE_GRADIENT_CLIPPING",
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
 }
-NOTHING = ("auto", "none", None, False)  # values that leave a key to others
+UNSAID = ("auto", "none", None)  # values that leave a key to others
 SWITCHES = {"enabled", "device"}  # of a section
+BUCKET = 500_000_000  # DeepSpeed's default
 # Keys that DeepSpeed is given as they are: how it communicates, which changes no result but for the order of sums.
 PASSED = {
     f"{SECTION}{name}"
@@ -105,20 +103,19 @@ def on() -> bool:
 
 def described() -> dict[str, str]:
     """What changes how sums are rounded, for a run that is continued: of `fsdp`, or the stage of ZeRO."""
-    return fsdp.described() | ({"sharding": f"ZeRO {int(_config()[STAGE])}"} if on() else {})
+    return fsdp.described() | ({"sharding": f"ZeRO {_config()[STAGE]}"} if on() else {})
 
 
 # ---------------------------------------------------------------------------------------------- what is asked for
 
 
-def check(config: StageConfig) -> None:
-    """UserError: DeepSpeed was asked for, and is not installed, or is to do what is not supported."""
+def check(config: Any) -> None:
+    """UserError: DeepSpeed was asked for, and it is not installed, or the stage of `config` cannot do what it is to do."""
     if not asked():
         return
     found = _config()
     for key, value in found.items():
-        if key not in PASSED and not key.startswith(IDLE):
-            _check_key(key, value, config)
+        _check_key(key, value, config)
     if found.get(BF16):
         os.environ[distributed.PRECISION] = "bf16"
     if config.dtype != "float32":
@@ -132,7 +129,13 @@ def check(config: StageConfig) -> None:
         raise UserError(f"DeepSpeed {version} is installed and {OLDEST} or newer is needed: pip install -U deepspeed")
 
 
-def _check_key(key: str, value: Any, config: StageConfig) -> None:
+def _check_key(key: str, value: Any, config: Any) -> None:
+    if value is False or key.startswith(IDLE):
+        return
+    if key in PASSED:
+        if not isinstance(value, int | float):
+            raise UserError(f"DeepSpeed: {key} must be a number, true or false, got {value!r}")
+        return
     if key == CLIPPING:
         if value != config.max_grad_norm:
             raise UserError(
@@ -159,8 +162,7 @@ def _config() -> dict[str, Any]:
     for key, variable in FLAGS.items():
         if flat.get(key, "auto") == "auto" and variable in os.environ:
             flat[key] = _number(os.environ[variable])
-    said = {key: value for key, value in flat.items() if value not in NOTHING or (key == STAGE and value == 0)}
-    return {STAGE: 2} | said
+    return {STAGE: 2} | {key: value for key, value in flat.items() if value not in UNSAID}
 
 
 def _switched_on(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,16 +171,17 @@ def _switched_on(section: Mapping[str, Any]) -> dict[str, Any]:
     off = [
         name
         for name, value in inner.items()
-        if value.keys() & SWITCHES and all(value.get(switch) in NOTHING for switch in SWITCHES)
+        if value.keys() & SWITCHES and all(value.get(switch) in (*UNSAID, False) for switch in SWITCHES)
     ]
     return {name: _switched_on(value) if name in inner else value for name, value in section.items() if name not in off}
 
 
 def _number(text: str) -> float | str:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text
+    return int(number) if number.is_integer() else number
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -212,12 +215,12 @@ def _engine(parameters: list[nn.Parameter]) -> Any:
     import deepspeed
 
     found = {key.removeprefix(SECTION): value for key, value in _config().items() if key in {STAGE, *PASSED}}
-    # A buffer of so many numbers is made whatever the model's size.
-    size = sum(parameter.numel() for parameter in parameters)
-    found["reduce_bucket_size"] = min(int(found.get("reduce_bucket_size", size)), size)
+    # A buffer of so many numbers is made whatever the model's size; beyond a share it would take more than ZeRO saves.
+    size = max(1, sum(parameter.numel() for parameter in parameters) // distributed.count())
+    found["reduce_bucket_size"] = min(found.get("reduce_bucket_size", BUCKET), size)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": found | {"stage": int(found["stage"])},
+        "zero_optimization": found,
         # Each process divides by what the whole batch counts, and says when its gradient is complete.
         "gradient_allreduce_op": "sum",
         "managed_gradient_accumulation": False,

@@ -432,14 +432,17 @@ def test_what_a_launcher_may_not_ask_for_is_refused(world, tmp_path, environment
 def test_mixed_precision_is_bfloat16_over_weights_in_float32(world, tmp_path):
     """The loss is that in float32 to the rounding of bfloat16, and not the same, in one process and in two with shares."""
     losses = {}
-    for name, count, environment in (("float32", 1, {}), ("one", 1, BF16), ("shares", 2, BF16 | FSDP)):
+    runs = [("float32", 1, {}), ("one", 1, BF16), ("shares", 2, BF16 | FSDP)]
+    runs += [("zero", 2, BF16 | ZERO_2)] if INSTALLED else []
+    for name, count, environment in runs:
         work = told(environment, lambda: str(sft.train(config("sft", world, checks=True))))
         assert together(work, tmp_path / name, count=count) == ["out"] * count
         weights = load_file(tmp_path / name / "out" / "model.safetensors")
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
         losses[name] = tiny.read_log(tmp_path / name / "out")[0]["loss"]
     assert losses["one"] == pytest.approx(losses["float32"], rel=2e-3) == losses["shares"]
-    assert len(set(losses.values())) == 3
+    assert len({losses[name] for name in ("float32", "one", "shares")}) == 3
+    assert losses.get("zero", losses["one"]) == pytest.approx(losses["one"], rel=1e-6)
 
 
 def test_all_processes_hear_of_a_weight_that_is_not_finite_in_the_share_of_one(tmp_path):
