@@ -395,7 +395,10 @@ HOST_DEVICE void for_lanes(const T* x, int64_t n, Body&& body) {
   alignas(64) T row[L::kCount] = {};
   if (n < L::kCount) memcpy(static_cast<void*>(row + (L::kCount - n)), x, sizeof(T) * n);
   const L last = L::load(n < L::kCount ? row : x + n - L::kCount);
-  for (int64_t j = 0; j + L::kCount <= n; j += L::kCount) body(j, L::load(x + j), std::integral_constant<int, 0>{});
+  for (int64_t j = 0; j + L::kCount <= n; j += L::kCount) {
+    prefetch_ahead_of(x + j);
+    body(j, L::load(x + j), std::integral_constant<int, 0>{});
+  }
   if (left) body(n - L::kCount, last, static_cast<int>(L::kCount - left));  // once for both: the body is long
 }
 
