@@ -500,6 +500,7 @@ CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumula
 template <class Gradient, class T>
 CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, Gradient gradient) {
   for_lanes(x, vocab, [&](int64_t first, LogitLanes<T> lanes, auto) ALWAYS_INLINE {
+    prefetch_ahead_of(dx + first);
     for_constants<LogitLanes<T>::kParts>([&](auto part) ALWAYS_INLINE { lanes.part[part] = gradient(lanes.part[part], accumulate_t<T>(0)); });
     if (first >= 0) return lanes.store(dx + first);
     T row[LogitLanes<T>::kCount];
