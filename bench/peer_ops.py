@@ -196,7 +196,7 @@ def need_gpu() -> None:
 
 
 def found(task: Task, report: Callable[[str], None] = lambda line: None) -> dict[str, Callable]:
-    """{"trl 1.16.0": function}: of the task's peers those that are here and do it, backward as well where they have a gradient."""
+    """{"trl 1.16.0": function}: of the peers those that are here and do it, backward as well where they have a gradient."""
     inputs = [x.to(DEVICE) for x in task.inputs(torch.Generator().manual_seed(0))]
     want, here = outcome(task.ours, inputs), {}
     for name, make in task.peers.items():
