@@ -196,25 +196,32 @@ def need_gpu() -> None:
 
 
 def found(task: Task, report: Callable[[str], None] = lambda line: None) -> dict[str, Callable]:
-    """{"trl 1.16.0": function}: of the task's peers those that are here and do it."""
+    """{"trl 1.16.0": function}: of the peers those that are here and do it, backward as well where they have a gradient."""
     inputs = [x.to(DEVICE) for x in task.inputs(torch.Generator().manual_seed(0))]
-    want, here = as_tuple(task.ours(*inputs)), {}
+    want, here = outcome(task.ours, inputs), {}
     for name, make in task.peers.items():
         try:
             function = make()
-            got = as_tuple(function(*(x.clone() for x in inputs)))
-            error = max((a.float() - b.float()).abs().max().item() for a, b in zip(got, want, strict=True))
+            error = max((a - b).abs().max().item() for a, b in zip(outcome(function, inputs), want, strict=False))
             if not error < (0.05 if inputs[0].dtype == torch.bfloat16 else 1e-4):
                 raise ArithmeticError(f"differs from ours by up to {error:.1e}")
             here[f"{name} {importlib.metadata.version(name)}"] = function
-            report(f"{name} {importlib.metadata.version(name)}: differs from ours by up to {error:.1e}")
-        except Exception as error:  # whatever is wrong with it
-            report(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            line = f"differs from ours by up to {error:.1e}"
+        except Exception as failure:  # whatever is wrong with it
+            line = f"left out, {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+        report(f"{name}: {line}")
     return here
 
 
-def as_tuple(result) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+def outcome(function: Callable, inputs: list[Tensor]) -> list[Tensor]:
+    """Outputs and, where there is one, the gradient of the first input, in float32."""
+    first, *rest = (x.clone() for x in inputs)
+    leaf = first.requires_grad_()
+    result = function(leaf.view_as(leaf), *rest)  # some write over their input, which a leaf does not allow
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    if outputs[0].requires_grad:
+        outputs += torch.autograd.grad(outputs[0].sum(), leaf)
+    return [x.detach().float() for x in outputs]
 
 
 if __name__ == "__main__":

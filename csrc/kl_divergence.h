@@ -203,7 +203,11 @@ HOST_DEVICE void for_pairs(const T* x, const U* y, int64_t n, Body&& body) {
     memcpy(static_cast<void*>(row + (kCount - n)), x, sizeof(T) * n);
     memcpy(static_cast<void*>(ref_row + (kCount - n)), y, sizeof(U) * n);
   }
-  for (int64_t j = 0; j + kCount <= n; j += kCount) body(j, load_lanes(x + j), load_lanes(y + j), std::integral_constant<int, 0>{});
+  for (int64_t j = 0; j + kCount <= n; j += kCount) {
+    prefetch_ahead_of(x + j);
+    prefetch_ahead_of(y + j);
+    body(j, load_lanes(x + j), load_lanes(y + j), std::integral_constant<int, 0>{});
+  }
   if (left)
     body(n - kCount, load_lanes(n < kCount ? row : x + n - kCount), load_lanes(n < kCount ? ref_row : y + n - kCount),
          static_cast<int>(kCount - left));

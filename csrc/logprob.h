@@ -395,7 +395,10 @@ HOST_DEVICE void for_lanes(const T* x, int64_t n, Body&& body) {
   alignas(64) T row[L::kCount] = {};
   if (n < L::kCount) memcpy(static_cast<void*>(row + (L::kCount - n)), x, sizeof(T) * n);
   const L last = L::load(n < L::kCount ? row : x + n - L::kCount);
-  for (int64_t j = 0; j + L::kCount <= n; j += L::kCount) body(j, L::load(x + j), std::integral_constant<int, 0>{});
+  for (int64_t j = 0; j + L::kCount <= n; j += L::kCount) {
+    prefetch_ahead_of(x + j);
+    body(j, L::load(x + j), std::integral_constant<int, 0>{});
+  }
   if (left) body(n - L::kCount, last, static_cast<int>(L::kCount - left));  // once for both: the body is long
 }
 
@@ -497,6 +500,7 @@ CPU_CLONES SoftmaxSums softmax_sums(const T* x, int64_t vocab, LogitMap<accumula
 template <class Gradient, class T>
 CPU_CLONES void row_gradient(const T* x, T* dx, int64_t vocab, Gradient gradient) {
   for_lanes(x, vocab, [&](int64_t first, LogitLanes<T> lanes, auto) ALWAYS_INLINE {
+    prefetch_ahead_of(dx + first);
     for_constants<LogitLanes<T>::kParts>([&](auto part) ALWAYS_INLINE { lanes.part[part] = gradient(lanes.part[part], accumulate_t<T>(0)); });
     if (first >= 0) return lanes.store(dx + first);
     T row[LogitLanes<T>::kCount];

@@ -6,9 +6,11 @@ its win rate is below .5 at any look, and the policy that it keeps has to beat t
 `--warn` lets it run on and shows the fall. Prints one line a look and a table; exits with 1 if a seed fails. Up to two
 CPU-minutes a seed, half of them fine-tuning.
 
-Two things keep chance out of it. The value model learns for some updates before the policy does: where it starts with both,
-the first steps go anywhere, and a policy may be worse than its start before anything is hacked. And the guard asks many
-prompts: a win rate of 256 is uncertain by .06, which both hides a fall and shows one where there is none.
+What is hacked has to be the reward and not the optimiser, and the fall has to be seen. So the value model learns for some
+updates before the policy does (where both begin at once, the first steps go anywhere, and a policy may be worse than its start
+before it has found anything to hack), the steps are a third of the demo's (at its rate a single update may take a policy from
+.72 to .08), and the guard asks many prompts at each of them (a win rate of 256 is uncertain by .06). Early stopping is on, with
+the least patience that does not take a single look for the end: the alarm wants a fall that chance does not explain.
 """
 
 import argparse
@@ -33,6 +35,7 @@ PAIRS, PAIRS_HELDOUT = 602, 0.15  # of which 512 are trained on
 HELDOUT = 0.25  # 1060 prompts: those of the looks, and others for the end
 UPDATES = 60
 CRITIC_WARMUP = 5
+PATIENCE = 2
 EVAL_EVERY = 1
 EVAL_PROMPTS = 640
 SHARED = {"threads": 1, "device": "cpu"}
@@ -40,6 +43,8 @@ REPLIES = 8  # to each prompt, at the end: the advantage may be small
 PPO = demo.PPO | {
     "total_episodes": (CRITIC_WARMUP + UPDATES) * 128,
     "critic_warmup": CRITIC_WARMUP,
+    "learning_rate": 1e-4,
+    "value_learning_rate": demo.PPO["learning_rate"],
     "kl_coef": 0.0,
     "min_reward_accuracy": None,
     "eval_every": EVAL_EVERY,
@@ -77,6 +82,7 @@ def hack(root: Path, seed: int, guard: str) -> dict:
             **SHARED,
             **PPO,
             guard=guard,
+            patience=PATIENCE if guard == "stop" else None,
         ),
         judge=GroundTruth(),
     )
@@ -104,7 +110,7 @@ def hack(root: Path, seed: int, guard: str) -> dict:
         "kept wins": final["win_rate"],
         "low": final["win_rate"] - error,
         "high": final["win_rate"] + error,
-        "stopped by": "alarm" if results["alarm"] else "nothing",
+        "stopped by": "alarm" if results["alarm"] else "patience" if results["early_stop"] else "nothing",
     }
 
 

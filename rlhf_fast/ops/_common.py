@@ -113,16 +113,14 @@ class Kernel:
     def _visible(self, outputs):
         return outputs[: -self._hidden] if self._hidden else outputs
 
-    def _below(self, args, visible=False):
-        """The op without its autograd; all its outputs, or those that are `visible`."""
-        direct = self._direct_visible if visible else self._direct
-        if direct is not None and not (_dispatch_modes() or _profiling() or _tracing()):
-            result = direct(*args)
-            if result is not NotImplemented:
-                return result
+    def below_autograd(self, args):
+        """The op without its gradient; all its outputs."""
+        if self._direct is not None and not (_dispatch_modes() or _profiling() or _tracing()):
+            outputs = self._direct(*args)
+            if outputs is not NotImplemented:
+                return outputs
         with _below_autograd():
-            outputs = self._overload(*args)
-        return self._visible(outputs) if visible else outputs
+            return self._overload(*args)
 
     def __call__(self, *args):
         try:
@@ -154,7 +152,13 @@ class Kernel:
             for i in self._tensors:
                 if args[i] is not None and args[i].requires_grad:
                     return self._function(*args[: self._options], (self, args))
-        return self._below(args, visible=True)
+        # As below_autograd: another call costs what a call without a gradient can be seen to cost.
+        if self._direct_visible is not None and not (_dispatch_modes() or _profiling() or _tracing()):
+            outputs = self._direct_visible(*args)
+            if outputs is not NotImplemented:
+                return outputs
+        with _below_autograd():
+            return self._visible(self._overload(*args))
 
 
 _implementations: dict[str, tuple[str, Callable]] = {}
@@ -206,7 +210,7 @@ def first_derivative_only(name: str, formula: Callable) -> Callable:
     """
 
     def run(ctx, *gradients):
-        if not torch.is_grad_enabled():  # no create_graph
+        if not is_grad_enabled():  # no create_graph
             return formula(ctx, *gradients)
         causes = [t for t in (*gradients, *ctx.saved_tensors) if t is not None and t.requires_grad]
         with torch.no_grad():
@@ -245,7 +249,7 @@ def _function(setup_context: Callable, formula: Callable) -> Callable:
         @staticmethod
         def forward(ctx, *inputs):
             kernel, inputs = inputs[-1]
-            outputs = kernel._below(inputs)
+            outputs = kernel.below_autograd(inputs)
             setup_context(ctx, inputs, outputs)
             return kernel._visible(outputs)
 

@@ -20,6 +20,7 @@ _forward = Kernel("gather_logprobs")
 _without_entropy = Kernel("gather_logprobs", hidden=2)
 _backward = Kernel("gather_logprobs_backward")
 _backward_inplace = Kernel("gather_logprobs_backward_inplace")
+_INF = float("inf")
 
 
 def gather_logprobs(
@@ -71,18 +72,19 @@ def gather_logprobs(
     op = "gather_logprobs"
     if (
         type(logits) is Tensor is type(labels)
-        and mask is None is kept
-        and type(temperature) is float
+        and mask is None is kept is softcap
+        and type(temperature) is float is type(logit_scale)
+        and 0 < temperature < _INF
+        and 0 < logit_scale < _INF
+        and type(ignore_index) is int
         and type(with_entropy) is bool is type(inplace_backward)
         and not is_compiling()
     ):
         # The usual call goes to the kernel at once: for few rows the checks take as long. What it refuses comes to them yet.
-        _, *options = _logits.options_of(op, logits, labels, temperature, softcap, logit_scale, ignore_index)
-        kernel = _forward if with_entropy else _without_entropy
+        args = (logits, labels, None, None, temperature, 0.0, logit_scale, ignore_index, with_entropy, inplace_backward)
         try:
-            outputs = kernel.eager((logits, labels, None, None, *options, with_entropy, inplace_backward))
-            return outputs if with_entropy else outputs[0]
-        except (TypeError, ValueError, RuntimeError):
+            return _forward.eager(args) if with_entropy else _without_entropy.eager(args)[0]
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
     need_tensor(op, "logits", logits)
     need_tensor(op, "labels", labels)
