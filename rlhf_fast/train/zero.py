@@ -2,8 +2,8 @@
 
 `accelerate launch --use_deepspeed --zero_stage 2` asks for it, or a config of Accelerate's or DeepSpeed's own that says so.
 DeepSpeed (Rajbhandari et al. 2020, arXiv 1910.02054) lays the trained parameters of a model into one tensor, sums gradients,
-and gathers weights. The optimizer is that of the loop, of a share of that tensor in place of the parameters: clipping, rates
-and checkpoints stay the loop's own.
+and gathers weights, of which it keeps a second copy, a share each. The optimizer is that of the loop, of this copy in place of
+the parameters: clipping, rates and checkpoints stay the loop's own.
 
 An engine of DeepSpeed's belongs to the parameters of one model, not to the model, whose forward pass it need not see. With ZeRO
 2 each backward pass sums gradients, so that all processes take equally many: see `missing`.
@@ -327,7 +327,7 @@ class Part:
 
     def _places(self) -> Iterator[tuple[slice, slice]]:
         """Where this process's part is in the parameter, and in its share; nowhere, perhaps."""
-        if (found := self._parameter._hp_mapping) is not None:
+        if (found := getattr(self._parameter, distributed.PLACE)) is not None:
             addresses = (found.lp_fragment_address, found.hp_fragment_address)
             yield tuple(slice(x.start, x.start + x.numel) for x in addresses)
 
@@ -356,20 +356,20 @@ def state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
 
 def load(optimizer: torch.optim.Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
     """Undo `state`, given in whole tensors; without a word between processes."""
-    numbers, found = {id(x): number for number, x in enumerate(parameters(optimizer))}, {}
+    found: dict[int, dict[str, Any]] = {}
+    number = 0
     for place, (stepped, stands_for) in enumerate(_laid_out(optimizer)):
-        kept = {id(x): saved[numbers[id(x)]] for x in stands_for if numbers[id(x)] in saved}
+        kept = {x: saved[i] for i, x in enumerate(stands_for, number) if i in saved}
+        number += len(stands_for)
         if not kept:
             continue
-        if stands_for[0] is stepped:
-            found[place] = kept[id(stepped)]
+        found[place] = own = dict(next(iter(kept.values())))
+        if stepped in kept:
             continue
-        found[place] = first = dict(next(iter(kept.values())))
-        for name in [name for name, x in first.items() if x.dim()]:
-            first[name] = torch.zeros_like(stepped, requires_grad=False)
-            for parameter in stands_for:
-                if id(parameter) in kept:
-                    Part(parameter, first[name]).fill(kept[id(parameter)][name])
+        for name in [name for name, x in own.items() if x.dim()]:
+            own[name] = torch.zeros_like(stepped, requires_grad=False)
+            for parameter, values in kept.items():
+                Part(parameter, own[name]).fill(values[name])
     optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

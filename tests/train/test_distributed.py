@@ -1,4 +1,7 @@
-"""Two processes train what one trains, to rounding, in float64; they continue what they left, and only one of them writes."""
+"""Two processes train what one trains, to rounding, in float64; they continue what they left, and only one of them writes.
+
+With DeepSpeed in float32, in which it holds what it shares out.
+"""
 
 import csv
 import dataclasses
