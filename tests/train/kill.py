@@ -295,8 +295,11 @@ def ordeal(
         plan: dict[str, Any] = {}
         if len(killed) < kills:
             at_event = rng.random() < 0.5 or (event and not killed)
+            # Within half a run: what is continued has less than a whole one before it, and is to be killed again and again.
             plan = (
-                {"event": rng.randint(1, peaceful.events)} if at_event else {"after": rng.uniform(0, peaceful.seconds)}
+                {"event": rng.randint(1, max(1, peaceful.events // 2))}
+                if at_event
+                else {"after": rng.uniform(0, peaceful.seconds / 2)}
             )
             if event and not killed:
                 plan = {"event": event}
