@@ -16,6 +16,7 @@ LAYERS = [
     "train.distributed",
     "train.fsdp",
     "train.config",
+    "train.zero",
     "train.rows",
     "train.data",
     "train.model",

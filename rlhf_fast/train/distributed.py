@@ -3,7 +3,8 @@
 Every process reads the same data and draws the same batches. Each adds the gradient of its rows, divided by what the whole
 batch counts, and the gradients are summed: the update is that of one process, up to rounding, however many there are. So
 `batch_size` is that of the update, not of a process. Only the main process writes.
-Where FSDP is asked for each process holds a share of the models as well: see `fsdp`.
+Where FSDP is asked for each process holds a share of the models as well: see `fsdp`; of the optimizer's state alone where
+DeepSpeed is: see `zero`.
 
 The launcher's environment is read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT): torchrun sets the same.
 """
@@ -24,11 +25,9 @@ Item = TypeVar("Item")
 
 SEED_STEP = 100_003  # between the seeds of processes: Huang et al. 2024, arXiv 2403.17031
 # What accelerate launch can be told that is not done here.
-REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
-ADVICE = (
-    "its engine takes over backward pass, optimizer and checkpoints; --use_fsdp --fsdp_version 2 shards as ZeRO 3 does, with "
-    "--fsdp_reshard_after_forward false as ZeRO 2"
-)
+REFUSED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+ADVICE = "--use_fsdp --fsdp_version 2 shards models, --use_deepspeed --zero_stage 2 the optimizer's state"
+PLACE = "_hp_mapping"  # of a parameter in DeepSpeed's flat tensor
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
@@ -152,6 +151,11 @@ def is_share(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def behind(number: int) -> int:
+    """By how much the number of some process is more than this one's; all call it."""
+    return max(gathered(number)) - number
+
+
 def combined(
     models: Mapping[str, nn.Module],
     stats: Mapping[str, Tensor],
@@ -159,7 +163,7 @@ def combined(
 ) -> Mapping[str, Tensor]:
     """Sum the gradients of `models` over all processes, in place, and return the sums of `stats`.
 
-    Those of sharded models have been summed in the backward pass.
+    Those of sharded models have been summed in the backward pass, and DeepSpeed sums its own.
 
     stats: scalars that are shares of the whole batch; those in `extremes` are its min or max instead. A process without a row
     may have none. Gradients that no process has stay absent.
@@ -168,7 +172,7 @@ def combined(
         return stats
     parameters = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    parameters = [p for p in parameters if not is_share(p)]
+    parameters = [p for p in parameters if not is_share(p) and not hasattr(p, PLACE)]
     mine = {name: value.item() for name, value in stats.items()}, [p.grad is not None for p in parameters]
     parts, present = zip(*gathered(mine), strict=True)
     waiting = []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dpo_loss
-from rlhf_fast.train import checks, distributed, estimate, fsdp, loop
+from rlhf_fast.train import checks, distributed, estimate, fsdp, loop, zero
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -238,7 +238,7 @@ def accumulate_gradient(
         batch, share = [pairs[row] for row in part], len(part) / count
         logprobs, entropy = read(model, batch, pad_id, config.full_logits)
         loss, stats = preference_loss(logprobs, reference[:, part], batch, config)
-        (loss * share).backward()
+        zero.backward(model, loss * share)
         means = logprobs.detach().mean(1)
         values = described(loss.detach(), stats) | {"logps/chosen": means[0], "logps/rejected": means[1]}
         mean = {name: value * share for name, value in values.items()} | {"entropy": entropy / tokens}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.train import distributed, fsdp, lora
+from rlhf_fast.train import distributed, fsdp, lora, zero
 from rlhf_fast.train.config import option, required
 from rlhf_fast.train.data import encode_prompt, encode_response
 from rlhf_fast.train.errors import NotFinite, UserError
@@ -157,9 +157,10 @@ def use_threads(threads: int, *, parameters: int, device: torch.device) -> None:
 def check_installed(config: TrainConfig, where: str) -> None:
     """UserError if a key asks for a library that is not here, or means nothing."""
     lora.check(config, where)
-    if config.optimizer == ADAMW_8BIT and fsdp.asked():
+    if config.optimizer == ADAMW_8BIT and (fsdp.asked() or zero.asked()):
         raise UserError(
-            f"{where}: 'optimizer' {ADAMW_8BIT} does not know the shares of FSDP; use adamw, which is sharded"
+            f"{where}: 'optimizer' {ADAMW_8BIT} does not know the shares of {'FSDP' if fsdp.asked() else 'DeepSpeed'}; use "
+            "adamw, which is sharded"
         )
     if config.optimizer == ADAMW_8BIT and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -340,13 +341,14 @@ def adamw(
 
     kind: "adamw", or "adamw_8bit", whose moments are blocks of bytes (Dettmers et al. 2022, arXiv 2110.02861).
     """
+    models = list(models)
     groups = [{"params": lora.trained(model)} for model in models]
     settings = {"lr": 0.0, "betas": betas, "eps": epsilon, "weight_decay": weight_decay}
     if kind == ADAMW_8BIT:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **settings)
-    return torch.optim.AdamW(groups, **settings, fused=True)
+    return zero.spread(torch.optim.AdamW(groups, **settings, fused=True), models)
 
 
 def clip_and_step(
@@ -364,19 +366,22 @@ def clip_and_step(
     NotFinite, before any parameter has changed, if a loss or gradient is not finite: it names `where` (stage and
     step) and the tensor.
     """
-    norms = {}
+    changed, norms = {name: zero.summed(model) for name, model in models.items()}, {}
     for name, model in models.items():
-        norms[name] = fsdp.full(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        norms[name] = zero.norm(model, [p.grad for p in changed[name] if p.grad is not None])
     if not torch.stack([*losses.values(), *norms.values()]).isfinite().all():
-        raise NotFinite(f"{where}: {_first_not_finite(models, losses)}; nothing was updated. {NOT_FINITE_ADVICE}")
-    for name, model in models.items():
+        fault = _first_not_finite(models, losses)
+        zero.release()
+        raise NotFinite(f"{where}: {fault}; nothing was updated. {NOT_FINITE_ADVICE}")
+    for name in models:
         if max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norms[name])
+            nn.utils.clip_grads_with_norm_(changed[name], max_grad_norm, norms[name])
     groups = optimizer.param_groups
     for group, own in zip(groups, rate if isinstance(rate, Sequence) else [rate] * len(groups), strict=True):
         group["lr"] = own
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    zero.gather(list(models.values()))
     return norms
 
 
@@ -389,7 +394,8 @@ def _first_not_finite(models: Mapping[str, nn.Module], losses: Mapping[str, Tens
             return f"the {name} is {loss.item()}"
     for name, model in models.items():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.grad is not None and not fsdp.is_finite(parameter.grad):
+            gradient = zero.gradient(model, parameter)
+            if gradient is not None and not fsdp.is_finite(gradient):
                 return f"the gradient of {name} parameter {parameter_name} is not finite"
     return "the norm of the gradient is not finite"
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import gather_logprobs, linear_logprobs, linear_ppo_loss, ppo_loss_from_logits
-from rlhf_fast.train import fsdp
+from rlhf_fast.train import fsdp, zero
 from rlhf_fast.train.errors import UserError
 from rlhf_fast.train.model import (
     accepts,
@@ -110,9 +110,10 @@ def keep_step(
 ) -> None:
     """Before so many forward and backward passes of each of `models` in turn: add what this process has less than another.
 
-    Where models are sharded. Of one token each, whose gradient is zero. read: those of `models` that have no backward pass.
+    Where models are sharded, or their gradients. Of one token each, whose gradient is zero. read: those of `models` that have
+    no backward pass.
     """
-    for _ in range(fsdp.missing(passes)):
+    for _ in range(zero.missing(passes)):
         for model in models:
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
             mask = torch.ones_like(ids, dtype=torch.bool)
@@ -123,7 +124,7 @@ def keep_step(
                 else:
                     numbers = response_logprobs(model, ids, mask, 1, full_logits=full_logits)
             if learns:
-                (0 * numbers.sum()).backward()
+                zero.backward(model, 0 * numbers.sum())
 
 
 def _response_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: int) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kl_penalty, ppo_value_loss
-from rlhf_fast.train import checks, distributed, engine, estimate, fsdp, group, loop, lora, trl
+from rlhf_fast.train import checks, distributed, engine, estimate, fsdp, group, loop, lora, trl, zero
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -838,7 +838,7 @@ def add_gradient(
                     **options,
                 )
         if not warming:
-            loss.backward()
+            zero.backward(models.policy, loss)
         shift = policy_stats["ratio_mean"] - 1
         part = {
             "loss/policy_avg": policy_stats["policy_loss"],
@@ -860,7 +860,7 @@ def add_gradient(
                 clip=config.cliprange_value,
                 normalizer=tokens,
             )
-            (config.vf_coef * value_loss).backward()
+            zero.backward(models.value, config.vf_coef * value_loss)
             part["loss/value_avg"] = value_loss.detach()
             part["val/clipfrac_avg"] = value_stats["clip_fraction"] * (window.tokens / tokens)
         totals = {name: totals[name] + value for name, value in part.items()} if totals else part

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import rlhf_fast
-from rlhf_fast.train import distributed, fsdp
+from rlhf_fast.train import distributed, zero
 from rlhf_fast.train.checkpoint import SUMMARY, finite_json, remove_partials, write_file, write_json
 from rlhf_fast.train.config import to_dict
 from rlhf_fast.train.loop import StageConfig, say
@@ -208,7 +208,7 @@ class Stage:
             "stage": self.name,
             "config": to_dict(self.config),
             "inputs": sources(self.config) | self.state.digests(),
-            "machine": {"device": str(self.device), "threads": torch.get_num_threads()} | versions() | fsdp.described(),
+            "machine": {"device": str(self.device), "threads": torch.get_num_threads()} | versions() | zero.described(),
         }
         self._checkpoints = Checkpoints(self.out, self.state, self._origin, self.config.keep_checkpoints)
         with ExitStack() as stack:
@@ -310,7 +310,7 @@ class Stage:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "processes": distributed.count(),
-            **fsdp.described(),
+            **zero.described(),
             "parameters": self.parameters,
             "data": dict(self.data),
             "inputs": self._origin["inputs"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlhf_fast.train import zero
 from rlhf_fast.train.data import collate
 from rlhf_fast.train.policy import keep_step, response_logprobs
 
@@ -46,7 +47,7 @@ def accumulate_loss(
     for part in parts:
         logprobs, entropies = reply_logprobs(model, part, pad_id, full_logits)
         part_loss = -logprobs.sum() / normalizer
-        (weight * part_loss).backward()
+        zero.backward(model, weight * part_loss)
         loss = loss + part_loss.detach()
         entropy = entropy + entropies.detach().sum() / normalizer
     return {"loss": loss, "entropy": entropy}

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.train import distributed, fsdp
+from rlhf_fast.train import distributed, fsdp, zero
 from rlhf_fast.train.checkpoint import (
     LOCK,
     SUMMARY,
@@ -119,18 +119,18 @@ class State:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        own = self.optimizer.state
-        moments = {i: own[p] for i, p in enumerate(_parameters(self.optimizer)) if own.get(p)}
-        tensors = {f"{i}.{name}": torch.as_tensor(x) for i, values in moments.items() for name, x in values.items()}
+        moments = zero.state(self.optimizer)
+        tensors = {f"{i}.{name}": x for i, values in moments.items() for name, x in values.items()}
+        tensors = {name: x if distributed.is_share(x) else torch.as_tensor(x) for name, x in tensors.items()}
         for file, content in zip(self.files(), [*map(_tensors_of, self.models.values()), tensors], strict=True):
-            whole = fsdp.full_state(content) if fsdp.on() else content
+            whole = fsdp.full_state(content) if fsdp.on() or zero.on() else content
             if directory is None:
                 continue
             try:
                 save_file(_on_host(whole), directory / file)
             except SafetensorError as error:
                 raise UserError(f"checkpoint {directory / file} cannot be written: {error}") from None
-        idle = [i for i in range(len(_parameters(self.optimizer))) if i not in moments]
+        idle = [i for i in range(len(zero.parameters(self.optimizer))) if i not in moments]
         state = {"step": self.step, "so_far": vars(self.so_far), "means": self.means.state()}
         state |= {"parameters_without_gradient": idle, "random": _random_states(self.order)}
         return state | ({"random_of_others": list(others)} if others else {})
@@ -151,6 +151,7 @@ class State:
             with torch.no_grad():
                 for name, tensor in own.items():
                     tensor.copy_(fsdp.like(tensor, stored[name]))
+        zero.refresh(list(self.models.values()))
         self._load_optimizer(directory / self.files()[-1], saved["parameters_without_gradient"])
         initial, found = vars(self.so_far), saved["so_far"]
         if {name: type(value) for name, value in found.items()} != {name: type(x) for name, x in initial.items()}:
@@ -161,7 +162,7 @@ class State:
         _set_random_states(randoms[distributed.rank()], self.order)
 
     def _load_optimizer(self, path: Path, idle: Sequence[int]) -> None:
-        trained = {i: p for i, p in enumerate(_parameters(self.optimizer)) if i not in idle}
+        trained = {i: p for i, p in enumerate(zero.parameters(self.optimizer)) if i not in idle}
         if not isinstance(self.optimizer, torch.optim.AdamW):
             self._load_bytes(path, trained)
             return
@@ -174,7 +175,7 @@ class State:
             for name, x in expected.items()
         }
         state = {i: {name: own[f"{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")} for i in trained}
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        zero.load(self.optimizer, state)
 
     def _load_bytes(self, path: Path, trained: Mapping[int, nn.Parameter]) -> None:
         """The state of an 8-bit optimizer: bytes and the scales of their blocks, whose shapes only it knows."""
@@ -189,10 +190,6 @@ class State:
             if any(values.get(kind) is None or values[kind].shape != trained[i].shape for kind in ("state1", "state2")):
                 raise Damaged(f"{path.name} has no moments of the shape of parameter {i}")
             self.optimizer.state[trained[i]] = values
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -276,6 +273,7 @@ def claim(name: str, config: StageConfig) -> tuple[Path, bool]:
     begun or finished with this config and these data.
     """
     fsdp.check()
+    zero.check(config)
     distributed.join(config.device, config.dtype)
     return distributed.from_main(lambda: _claim(name, config))
 

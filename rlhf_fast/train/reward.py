@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_pair_loss
-from rlhf_fast.train import checks, distributed, estimate, fsdp, loop
+from rlhf_fast.train import checks, distributed, estimate, fsdp, loop, zero
 from rlhf_fast.train.chat import Chat
 from rlhf_fast.train.checkpoint import save_model
 from rlhf_fast.train.config import option, validate
@@ -214,7 +214,7 @@ def accumulate_gradient(
             [pair.chosen for pair in part] + [pair.rejected for pair in part], model, pad_id
         ).chunk(2)
         loss, stats = reward_pair_loss(chosen, rejected, center_coef=center_coef)
-        (loss * (len(part) / count)).backward()
+        zero.backward(model, loss * (len(part) / count))
         rows.append(stats | {"loss": loss.detach()})
     weights = torch.tensor([len(part) / count for part in parts], device=model.device)
     mean = {name: (torch.stack([row[name] for row in rows]) * weights).sum() for name in rows[0]}

@@ -49,7 +49,9 @@ class Refused:
     instead: str
 
 
-_LAUNCHER = "the launcher shards models: accelerate launch --use_fsdp --fsdp_version 2"
+_LAUNCHER = (
+    "the launcher shards models: accelerate launch --use_fsdp --fsdp_version 2, or --use_deepspeed --zero_stage 2"
+)
 REFUSED = {
     "stop_token_id": Refused((None,), "give the text of that token as stop_token"),
     "max_steps": Refused((None, -1), "give total_episodes, which is updates x batch_size"),

@@ -1,4 +1,7 @@
-"""Two processes train what one trains, to rounding, in float64; they continue what they left, and only one of them writes."""
+"""Two processes train what one trains, to rounding, in float64; they continue what they left, and only one of them writes.
+
+With DeepSpeed in float32, in which it holds what it shares out.
+"""
 
 import csv
 import dataclasses
@@ -8,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from rlhf_fast.train import checks, distributed, dpo, fsdp, guard, loop, model, ppo, record, reward, rollout, sft
+from rlhf_fast.train import checks, distributed, dpo, fsdp, guard, loop, model, ppo, record, reward, rollout, sft, zero
 from rlhf_fast.train.errors import UserError
 from tests.train import kill
 from tests.train.ranks import free_port, together
@@ -56,34 +60,35 @@ def config(stage, place, **options):
     return kind(**places | {"heldout_fraction": 0.2, "learning_rate": 1e-3, "checks": False} | own | options)
 
 
-def in_float64(stage):
-    """Let the stage load its models in float64, so that processes differ from one by nothing but the order of sums."""
+def exactly(stage, dtype):
+    """Let the stage load its models in `dtype`, so that processes differ from one by nothing but the order of sums."""
     for name in ("load_policy", "reward_from_policy", "load_scalar_model"):
         if hasattr(STAGES[stage], name):
-            setattr(STAGES[stage], name, functools.partial(widened, getattr(model, name)))
+            setattr(STAGES[stage], name, functools.partial(widened, getattr(model, name), dtype))
     if stage == "ppo":
         ppo.roll_out = one_by_one
 
 
-def widened(load, directory, **options):
-    return load(directory, **options | {"dtype": "float64"})
+def widened(load, wanted, directory, **options):
+    return load(directory, **options | {"dtype": wanted})
 
 
 def one_by_one(models, prompts, queries, **options):
-    """Replies that depend on their prompts alone, whichever process gives them."""
-    parts = []
+    """Replies that depend on their prompts alone, and on how many were given to it, whichever process gives them."""
+    parts, given = [], Counter()
     for prompt, query in zip(prompts, queries, strict=True):
         with torch.random.fork_rng():
-            torch.manual_seed(sum(map(ord, prompt)))
+            torch.manual_seed(sum(map(ord, prompt)) + given[prompt])
+            given[prompt] += 1
             replies = rollout.roll_out(models, [prompt], [query], **options)
         empty = torch.zeros(replies.response_mask.shape, dtype=torch.float64)
         parts.append(rollout.Scored(replies, empty[:, 0], empty, empty, None))
     return rollout.joined(parts, models.tokenizer.pad_token_id).rollout
 
 
-def trained(stage, asked):
-    """Train in float64 -> weights and random state at the end."""
-    in_float64(stage)
+def trained(stage, asked, dtype="float64"):
+    """Train -> weights and random state at the end, processes, numbers that the optimizer keeps in this one."""
+    exactly(stage, dtype)
     seen = {}
     finish = STAGES[stage].Stage.finish
 
@@ -91,17 +96,31 @@ def trained(stage, asked):
         parameters = [p for m in self.state.models.values() for p in m.parameters()]
         seen["weights"] = [fsdp.full(p.detach()).numpy() for p in parameters]
         assert all(distributed.is_share(p) for p in parameters) == fsdp.on()
+        kept = [x for moments in self.state.optimizer.state.values() for x in moments.values()]
+        seen["kept"] = sum(x.numel() for x in kept if x.dim())
         finish(self, results)
 
     STAGES[stage].Stage.finish = spy
     STAGES[stage].train(asked)
-    return seen["weights"], torch.rand(1).item(), distributed.count()
+    return seen["weights"], torch.rand(1).item(), distributed.count(), seen["kept"]
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+ZERO_1, ZERO_2 = (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage} for stage in "12")
+INSTALLED = importlib.util.find_spec("deepspeed") is not None
+# On a CPU it would compile what lets processes of one machine share memory, for a minute.
+UNCOMPILED = "import deepspeed; deepspeed.ops.__compatible_ops__.clear()"
+needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="DeepSpeed is not installed")
 
 
+ENVIRONMENTS = [
+    pytest.param({}, id="whole"),
+    pytest.param(FSDP, id="sharded"),
+    pytest.param(ZERO_1, id="ZeRO 1", marks=needs_deepspeed),
+    pytest.param(ZERO_2, id="ZeRO 2", marks=needs_deepspeed),
+]
 WHOLE_AND_SHARDED = pytest.mark.parametrize("environment", [{}, FSDP], ids=["whole", "sharded"])
 
 
@@ -110,6 +129,8 @@ def told(environment, work):
 
     def there():
         os.environ |= environment
+        if zero.asked() and INSTALLED:
+            exec(UNCOMPILED)
         return work()
 
     return there
@@ -181,6 +202,46 @@ def test_two_processes_train_what_one_trains(world, tmp_path, case):
             assert without_times(two) == pytest.approx(without_times(one), **CLOSE)
 
 
+# With DeepSpeed, whose weights and gradients are in float32: each stage, and unequally many passes in the two processes.
+ZERO = {
+    "sft in micro-batches of tokens": ZERO_2,
+    "reward": ZERO_1,
+    "dpo": ZERO_1,
+    "ipo": ZERO_2,
+    "ppo, minibatches that do not divide": ZERO_1,
+    "ppo with an adapter's average": ZERO_2,
+    "ppo-ptx and an average": ZERO_1,
+    "ppo-max": ZERO_2,
+    "grpo": ZERO_2,
+    "rloo": ZERO_1,
+}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("case", ZERO)
+def test_two_processes_with_zero_train_what_one_trains(world, tmp_path, case):
+    stage, options = CASES[case]
+    if "lora_rank" in options:
+        pytest.importorskip("peft")
+    work = functools.partial(trained, stage, config(stage, world, **options), "float32")
+    (alone,) = together(work, tmp_path / "one", count=1)
+    first, second = together(told(ZERO[case], work), tmp_path / "two")
+    for a, b in zip(first[0], second[0], strict=True):
+        assert (a == b).all()
+    weights, log = [], []
+    for name in ("one", "two"):
+        weights.append(load_file(tmp_path / name / "out" / "model.safetensors"))
+        log.append([without_times(line) for line in tiny.read_log(tmp_path / name / "out")])
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)
+    if stage == "dpo":  # before the first update every pair is a tie, which rounding decides
+        log = [[{k: v for k, v in line.items() if "accuracies" not in k} for line in lines] for lines in log]
+    for one, two in zip(*log, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    summary = json.loads((tmp_path / "two" / "out" / "stage.json").read_text())
+    assert summary["sharding"] == f"ZeRO {ZERO[case]['ACCELERATE_DEEPSPEED_ZERO_STAGE']}"
+    assert first[3] == pytest.approx(alone[3] / 2, rel=0.01) == second[3]
+
+
 def test_ppo_draws_other_numbers_in_each_process(world, tmp_path):
     def work():
         drawn = []
@@ -208,10 +269,17 @@ KILLED = {
     "sft": ("sft", {}, {}),
     "ppo": ("ppo", EVERYTHING, {}),
     "ppo with sharded models": ("ppo", EVERYTHING, FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
+    "sft with ZeRO 1": ("sft", {}, ZERO_1),
+    "ppo with ZeRO 2": ("ppo", EVERYTHING | {"critic_warmup": 1}, ZERO_2),
 }
 
 
-@pytest.mark.parametrize("case", KILLED)
+def skipped(cases):
+    """`cases` by name, those that need DeepSpeed marked so."""
+    return [pytest.param(name, marks=[needs_deepspeed] if "ZeRO" in name else []) for name in cases]
+
+
+@pytest.mark.parametrize("case", skipped(KILLED))
 def test_what_was_killed_continues_with_the_same_bits(world, tmp_path, case):
     stage, options, environment = KILLED[case]
     asked = config(stage, world, save_every=0.0, **options)
@@ -342,7 +410,19 @@ def test_too_few_rows_for_the_processes_are_refused(world, tmp_path):
         ),
         (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, {}, "must be true (as ZeRO 3) or false (as ZeRO 2)"),
         (FSDP, {"optimizer": "adamw_8bit"}, "'optimizer' adamw_8bit does not know the shares of FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed was asked for, and it is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM was asked for, and it is not supported"),
+        (
+            DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            {},
+            "--use_fsdp --fsdp_version 2 shards weights as ZeRO 3",
+        ),
+        (
+            DEEPSPEED | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"},
+            {},
+            "max_grad_norm of the stage is 1.0; give both the same",
+        ),
+        (DEEPSPEED, {"dtype": "bfloat16"}, "DeepSpeed is for weights in float32 and dtype is bfloat16"),
+        (DEEPSPEED, {"optimizer": "adamw_8bit"}, "'optimizer' adamw_8bit does not know the shares of DeepSpeed"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "mixed_precision fp16; it must be bf16"),
         (BF16, {"dtype": "bfloat16"}, "mixed_precision bf16 is for weights in float32 and dtype is bfloat16"),
     ],
@@ -355,14 +435,17 @@ def test_what_a_launcher_may_not_ask_for_is_refused(world, tmp_path, environment
 def test_mixed_precision_is_bfloat16_over_weights_in_float32(world, tmp_path):
     """The loss is that in float32 to the rounding of bfloat16, and not the same, in one process and in two with shares."""
     losses = {}
-    for name, count, environment in (("float32", 1, {}), ("one", 1, BF16), ("shares", 2, BF16 | FSDP)):
+    runs = [("float32", 1, {}), ("one", 1, BF16), ("shares", 2, BF16 | FSDP)]
+    runs += [("zero", 2, BF16 | ZERO_2)] if INSTALLED else []
+    for name, count, environment in runs:
         work = told(environment, lambda: str(sft.train(config("sft", world, checks=True))))
         assert together(work, tmp_path / name, count=count) == ["out"] * count
         weights = load_file(tmp_path / name / "out" / "model.safetensors")
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
         losses[name] = tiny.read_log(tmp_path / name / "out")[0]["loss"]
     assert losses["one"] == pytest.approx(losses["float32"], rel=2e-3) == losses["shares"]
-    assert len(set(losses.values())) == 3
+    assert len({losses[name] for name in ("float32", "one", "shares")}) == 3
+    assert losses.get("zero", losses["one"]) == pytest.approx(losses["one"], rel=1e-6)
 
 
 def test_all_processes_hear_of_a_weight_that_is_not_finite_in_the_share_of_one(tmp_path):
@@ -428,8 +511,15 @@ def test_joined_rollouts_are_the_rows_of_each(world):
 
 
 # The first is its word for processes of one machine, which without GPUs find each other on the CPU.
-@pytest.mark.parametrize("kind", ["--multi_gpu", "--use_fsdp --fsdp_version 2"])
-def test_a_launcher_starts_a_stage_once_for_all(world, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "sharding"),
+    [
+        ("--multi_gpu", None),
+        ("--use_fsdp --fsdp_version 2", "FSDP2"),
+        pytest.param("--use_deepspeed --zero_stage 2 --gradient_clipping 1.0", "ZeRO 2", marks=needs_deepspeed),
+    ],
+)
+def test_a_launcher_starts_a_stage_once_for_all(world, tmp_path, kind, sharding):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     if importlib.util.find_spec("accelerate"):
         words = [sys.executable, "-m", "accelerate.commands.launch", *kind.split(), "--num_processes", "2"]
@@ -437,14 +527,18 @@ def test_a_launcher_starts_a_stage_once_for_all(world, tmp_path, kind):
         words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *port]
     places = ["--model", world / "base", "--data", world / "pairs.jsonl", "--output_dir", tmp_path / "out"]
     flags = ["--heldout_fraction", "0.2", "--max_response_tokens", "24", "--batch_size", "8"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = [*words, "-m", "rlhf_fast.cli", "sft", *places, *flags]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"from rlhf_fast import cli\n{UNCOMPILED if 'deepspeed' in kind else ''}\nraise SystemExit(cli.main())\n"
+    )
+    command = [*words, program, "sft", *places, *flags]
     end = subprocess.run(map(str, command), env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert end.returncode == 0, end.stderr
     assert end.stdout.count("report:") == 1
     summary = json.loads((tmp_path / "out" / "stage.json").read_text())
-    shares = "--use_fsdp" in kind and "--standalone" not in words
-    assert (summary["processes"], summary.get("sharding")) == (2, "FSDP2" if shares else None)
+    assert (summary["processes"], summary.get("sharding")) == (2, None if "--standalone" in words else sharding)
 
 
 def test_commands_of_one_process_say_so(monkeypatch, capsys):
@@ -457,12 +551,13 @@ def test_commands_of_one_process_say_so(monkeypatch, capsys):
     assert "--dry-run looks at one process" in capsys.readouterr().err
 
 
-@WHOLE_AND_SHARDED
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_a_gradient_that_is_not_finite_stops_all_processes_at_the_same_update(world, tmp_path, environment):
     options = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_schedule": "constant"}
     errors = together(told(environment, lambda: sft.train(config("sft", world, **options))), tmp_path)
     where = {str(error).split(":")[0] for error in errors}
     assert len(where) == 1 and where.pop().startswith("sft step ")
     assert all("nothing was updated and the batch is kept in" in str(error) for error in errors)
+    assert all(" in row " in str(error) for error in errors)
     kept = sorted(path.name for path in (tmp_path / "out" / "not-finite").iterdir())
     assert len(kept) == 2 and kept[1] == f"{kept[0]}-process-1"
