@@ -393,7 +393,7 @@ def config_changed(case: Case) -> None:
         "weight_decay": 0.5,
         "adam_epsilon": 1e-3,
         "max_grad_norm": 0.5,
-        "max_prompt_tokens": 7,
+        "max_prompt_tokens": 40,
         "bad_rows": "skip",
     }
     choices |= {
