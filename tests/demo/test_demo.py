@@ -164,4 +164,6 @@ def test_a_second_demo_does_not_take_the_place_of_the_first_unless_that_was_kill
         == tmp_path / "demo-3"
     )
     (tmp_path / "demo-2" / "evaluation.json").write_text("{}")
+    assert next_free(str(place), config) == tmp_path / "demo-2", "its report is missing"
+    (tmp_path / "demo-2" / "report.html").write_text("")
     assert next_free(str(place), config) == tmp_path / "demo-3"
