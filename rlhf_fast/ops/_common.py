@@ -194,12 +194,11 @@ def register(
     """
     _public_names[name] = function or name
     _hidden[name] = hidden
-    if backward is None:
-        _registrations[name] = (fake, None, None)
-    else:
-        _functions[name] = _function(setup_context, first_derivative_only(name, backward_eager or backward))
-        _registrations[name] = (fake, setup_context, first_derivative_only(name, backward))
+    in_graphs = None if backward is None else first_derivative_only(name, backward)
+    _registrations[name] = (fake, setup_context, in_graphs)
     _register_in("rlhf_fast", name)
+    if backward is not None:
+        _functions[name] = _function(name, setup_context, first_derivative_only(name, backward_eager or backward))
 
 
 def first_derivative_only(name: str, formula: Callable) -> Callable:
@@ -239,11 +238,15 @@ class _Refusal(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: the op has no second derivative")
 
 
-def _function(setup_context: Callable, formula: Callable) -> Callable:
+def _function(name: str, setup_context: Callable, formula: Callable) -> Callable:
     """The op with its gradient, called with (its tensors, (kernel, all inputs)): each input costs a call time.
 
-    torch drops the None that the formula has for each other input; it has one at least.
+    torch drops the None that the formula has for each other input, if there is one for what stands in their place.
     """
+    last = getattr(torch.ops.rlhf_fast, name).default._schema.arguments[-1]
+
+    def one_more(ctx, *gradients):
+        return *formula(ctx, *gradients), None
 
     class EagerFunction(torch.autograd.Function):
         @staticmethod
@@ -253,7 +256,7 @@ def _function(setup_context: Callable, formula: Callable) -> Callable:
             setup_context(ctx, inputs, outputs)
             return kernel._visible(outputs)
 
-        backward = staticmethod(formula)
+        backward = staticmethod(one_more if "Tensor" in str(last.type) else formula)
 
     # Function.apply first asks each input for traces of a functorch transform. Under one, a call does not come here.
     return super(torch.autograd.Function, EagerFunction).apply

@@ -141,8 +141,7 @@ register(
     _fake_mean,
     hidden=1,
     setup_context=_mean_context,
-    # One None more than inputs: of those, this op has no other than tensors.
-    backward=lambda ctx, grad, *_: (_mean_backward(grad, *ctx.saved_tensors), None, None, None),
+    backward=lambda ctx, grad, *_: (_mean_backward(grad, *ctx.saved_tensors), None, None),
 )
 register("masked_mean_backward", lambda grad, mask, *rest: grad.new_empty(mask.shape))
 register(
