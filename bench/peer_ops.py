@@ -11,23 +11,21 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench import linear_peers
+from bench.common import DEVICE, flat
+from bench.contenders import ROOT
 from rlhf_fast import gae, gather_logprobs, linear_logprobs
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = Path(__file__).parents[1]
 PLACES = [
     ROOT / "build/peers/ops",
     ROOT / f"build/peers/verl-0.9/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages",
 ]
 sys.path += [str(place) for place in PLACES if place.is_dir()]
-# What TRL's trainers pass (trl/trainer/utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE).
-TRL_CHUNK = 32_768
 Maker = Callable[[], Callable]  # imports a peer; returns its function, of the inputs that ours takes
 
 
@@ -120,16 +118,6 @@ ENTROPY = Task(
 # ---------------------------------------------------------------------------------- (hidden, weight, labels) -> log-probs
 
 
-def trl_linear() -> Callable:
-    """Triton folds its tiles on a GPU, torch without one."""
-    from trl.kernels import ChunkedLogProbFunction
-
-    def run(hidden, weight, labels):
-        return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, ("log_probs",))[0]
-
-    return run
-
-
 def verl_linear() -> Callable:
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
@@ -161,7 +149,7 @@ def few_hidden_states(draw):
 LINEAR = Task(
     "log-probs from hidden states",
     linear_logprobs,
-    {"trl": trl_linear, "verl": verl_linear, "liger-kernel": liger_linear, "cut-cross-entropy": apple_linear},
+    {"trl": linear_peers.trl, "verl": verl_linear, "liger-kernel": liger_linear, "cut-cross-entropy": apple_linear},
     few_hidden_states,
 )
 
@@ -218,7 +206,7 @@ def outcome(function: Callable, inputs: list[Tensor]) -> list[Tensor]:
     first, *rest = (x.clone() for x in inputs)
     leaf = first.requires_grad_()
     result = function(leaf.view_as(leaf), *rest)  # some write over their input, which a leaf does not allow
-    outputs = list(result) if isinstance(result, tuple) else [result]
+    outputs = flat(result)
     if outputs[0].requires_grad:
         outputs += torch.autograd.grad(outputs[0].sum(), leaf)
     return [x.detach().float() for x in outputs]
