@@ -4,6 +4,7 @@
 reference in float64 on the same numbers, and compares outputs and gradients.
 """
 
+import inspect
 import math
 import random
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import rlhf_fast
+from rlhf_fast.ops._common import weights_reference
 from rlhf_fast.ops.gae import gae_reference
 from rlhf_fast.ops.group import group_advantages_reference
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_reference, shape_rewards_reference
@@ -22,7 +24,7 @@ from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss_reference
 from rlhf_fast.ops.logprob import gather_logprobs_reference
 from rlhf_fast.ops.masked import masked_mean_reference, masked_whiten_reference
 from rlhf_fast.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
-from rlhf_fast.ops.ppo_loss_from_logits import ppo_loss_from_logits_reference
+from rlhf_fast.ops.ppo_loss_from_logits import objective_reference, ppo_loss_from_logits_reference
 from rlhf_fast.ops.preference import dpo_loss_reference, reward_pair_loss_reference
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -345,7 +347,8 @@ def draw_ppo_loss_from_logits(rng: random.Random, from_hidden=False) -> Call:
         options["logit_scale"] = rng.choice([0.0625, 1.5])
     if rng.random() < 0.8:
         kwargs["mask"] = draw_mask(rng, shape)
-    if count > 8 and kwargs["aggregate"].endswith(("token-sum", "norm")):
+    is_sum = kwargs["aggregate"].endswith(("token-sum", "norm"))
+    if count > 8 and (is_sum or (kwargs["aggregate"] == "token-mean" and "normalizer" in kwargs)):
         # A sum of n log-probs is off by n times what one is: brought back to where one tolerance serves.
         kwargs["normalizer"] = rng.choice([count, torch.tensor(float(count)), torch.tensor([count])])
     has_reference = rng.random() < 0.4
@@ -482,8 +485,7 @@ INPUTS = {"ppo_loss_from_logits": (0, "logits"), "linear_ppo_loss": (0, 1, "hidd
 
 def is_input(op: str, index: int | str, value) -> bool:
     return index in INPUTS.get(op, (index,)) and (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
+        is_float(value)
         and index not in ("mask", "temperature", "lam", "normalizer", "ref_logits")
         and not (
             (op in ("masked_mean", "masked_whiten", "kl_divergence") and index == 1)
@@ -527,6 +529,14 @@ def run(function: Callable, call: Call, places: list, convert: Callable, upstrea
     return Outcome(outputs, dict(zip(leaves, gradients, strict=True)))
 
 
+def is_float(x) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def as_keywords(name: str, call: Call) -> dict:
+    return dict(inspect.signature(OPS[name].function).bind(*call.args, **call.kwargs).arguments)
+
+
 def on(device: str) -> Callable[[Tensor], Tensor]:
     return lambda t: t.to(device)
 
@@ -549,7 +559,7 @@ def units_of(name: str, call: Call) -> float:
     kind, units = variant(call), OPS[name].units
     # Rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened.
     if kind == "whiten":
-        wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.kwargs.items()}
+        wide = {k: v.double() if is_float(v) else v for k, v in call.kwargs.items()}
         advantages, _ = OPS[name].reference(*(v.double() for v in call.args), **wide | {"whiten": False})
         kept = advantages[call.kwargs["mask"] != 0] if call.kwargs.get("mask") is not None else advantages.flatten()
         return 4.0 + float(kept.abs().max() / (kept.std() + 1e-4)) if kept.numel() > 1 else 4.0
@@ -561,15 +571,36 @@ def units_of(name: str, call: Call) -> float:
 
 
 def gradient_units(name: str, call: Call, units: float) -> float:
-    """The same for gradients, beside outputs off by `units`. Those of a KL divergence sum to 0 in a row: they share the error of
-    the largest."""
-    if name != "kl_divergence":
+    """The same for gradients, beside outputs off by `units`. A row's gradients to its logits sum to 0: they share the error of
+    what they are multiples of, which is more than any of them where p of the label is 1."""
+    given = {k: v.double() if is_float(v) else v for k, v in as_keywords(name, call).items()}
+    if name == "kl_divergence":
+        shares = kl_shares(**given)
+    elif name in ("ppo_loss_from_logits", "linear_ppo_loss"):
+        shares = loss_by_logprob(**given)
+    else:
         return units
-    bound = dict(zip(("logits", "ref_logits"), call.args, strict=False)) | call.kwargs
-    tau = torch.as_tensor(bound.get("temperature", 1.0)).double().unsqueeze(-1)
-    log_p, log_q = ((bound[k].double() / tau).log_softmax(-1) for k in ("logits", "ref_logits"))
-    share = (log_p.exp() * (log_p - log_q) / tau).abs().flatten()
-    return units * max(1.0, float(share[torch.isfinite(share)].max())) if torch.isfinite(share).any() else units
+    return units * max(1.0, float(shares.abs().nan_to_num(0.0, 0.0).max())) if shares.numel() else units
+
+
+def kl_shares(logits, ref_logits, temperature=1.0, **_) -> Tensor:
+    tau = torch.as_tensor(temperature).double().unsqueeze(-1)
+    log_p, log_q = ((x / tau).log_softmax(-1) for x in (logits, ref_logits))
+    return log_p.exp() * (log_p - log_q) / tau
+
+
+def loss_by_logprob(labels, old_logprobs, advantages, mask=None, temperature=1.0, logits=None, **options) -> Tensor:
+    """The gradient of a composed loss to its tokens' log-probs, over their temperatures."""
+    if logits is None:
+        logits = torch.nn.functional.linear(options.pop("hidden"), options.pop("weight"), options.pop("bias", None))
+    options.pop("chunk_tokens", None)
+    weight = weights_reference(mask, old_logprobs) * (labels != -100)
+    mapped = {name: options.pop(name) for name in ("softcap", "logit_scale") if name in options}
+    mapped |= {"temperature": temperature, "mask": weight != 0, "with_entropy": True}
+    logprobs, entropies = gather_logprobs_reference(logits, labels, **mapped)
+    logprobs.requires_grad_()
+    loss, _ = objective_reference(logprobs, entropies, old_logprobs, advantages, weight, **options)
+    return torch.autograd.grad(loss, logprobs)[0] / temperature
 
 
 def examine(name: str, call: Call, device: str, upstream: Callable | None = random_upstream) -> Outcome:

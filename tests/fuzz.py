@@ -12,7 +12,6 @@ call failed.
 import argparse
 import collections
 import contextlib
-import inspect
 import multiprocessing
 import random
 import sys
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import _common
 from tests import emulate
-from tests.cases import OPS, Call, Outcome, assert_close, examine, inputs_of, on, run, variant
+from tests.cases import OPS, Call, Outcome, as_keywords, assert_close, examine, inputs_of, on, run, variant
 
 CHUNK = 200  # calls of one task; its random generator is its own, so that any call can be repeated
 INVARIANCES_EVERY = 4
@@ -41,10 +40,6 @@ def ones(i: int, out: Tensor) -> Tensor:
 
 def plain(name: str, call: Call, device: str) -> Outcome:
     return run(OPS[name].function, call, inputs_of(name, call), on(device), ones)
-
-
-def as_keywords(name: str, call: Call) -> dict:
-    return dict(inspect.signature(OPS[name].function).bind(*call.args, **call.kwargs).arguments)
 
 
 def assert_same(what: str, got: Outcome, want: Outcome, part=lambda t: t) -> None:

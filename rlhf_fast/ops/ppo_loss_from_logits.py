@@ -184,12 +184,24 @@ def ppo_loss_from_logits_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    log_ratio_clip: float | None = 20.0,
-    importance_sampling_level: str = "token",
-    loss_type: str = "ppo",
+    **objective,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ppo_loss_from_logits` in plain torch."""
+    weight = weights_reference(mask, old_logprobs).to(logits.dtype) * (labels != ignore_index)
+    logit_options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    logprobs, entropies = gather_logprobs_reference(
+        logits, labels, **logit_options, ignore_index=ignore_index, mask=weight != 0, with_entropy=True
+    )
+    return objective_reference(logprobs, entropies, old_logprobs, advantages, weight, **objective)
+
+
+def objective_reference(
+    logprobs: Tensor,
+    entropies: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weight: Tensor,
+    *,
     aggregate: str = "token-mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -197,32 +209,22 @@ def ppo_loss_from_logits_reference(
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    **policy,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`ppo_loss_from_logits` in plain torch."""
-    weight = weights_reference(mask, old_logprobs).to(logits.dtype) * (labels != ignore_index)
-    kept = weight != 0
-    logit_options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    logprobs, entropies = gather_logprobs_reference(
-        logits, labels, **logit_options, ignore_index=ignore_index, mask=kept, with_entropy=True
-    )
+    """The same of log-probs and entropies, with a weight a token; `policy`: the options of `ppo_policy_loss`."""
     policy_loss, stats = ppo_policy_loss_reference(
         logprobs,
         old_logprobs,
         advantages,
         weight,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        log_ratio_clip=log_ratio_clip,
-        importance_sampling_level=importance_sampling_level,
-        loss_type=loss_type,
         aggregate=aggregate,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
+        **policy,
     )
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        kl = kl_penalty_reference(logprobs, ref_logprobs, estimator=kl_estimator, mask=kept)
+        kl = kl_penalty_reference(logprobs, ref_logprobs, estimator=kl_estimator, mask=weight != 0)
     rows = (weight, entropies, kl) if cu_seqlens is None else padded_reference(cu_seqlens, weight, entropies, kl)
     entropy, kl = (aggregate_reference(x, rows[0], aggregate, normalizer) for x in rows[1:])
     loss = policy_loss

@@ -312,7 +312,9 @@ class Means:
         return {"names": names, "rows": _table(names, self._rows).tolist() if self._rows else []}
 
     def restore(self, state: Mapping[str, list], device: torch.device) -> None:
-        """Add what `state` says in place of what was added."""
+        """Add what `state` says in place of what was added. TypeError if it is of another form."""
+        if not all(isinstance(state[key], list) for key in ("names", "rows")):
+            raise TypeError("'means' has another type")
         rows = [torch.tensor([float(x) for x in row], dtype=torch.float64, device=device) for row in state["rows"]]
         self._rows = [dict(zip(state["names"], row.unbind(), strict=True)) for row in rows]
 

@@ -397,7 +397,7 @@ def config_changed(case: Case) -> None:
         "bad_rows": "skip",
     }
     choices |= {
-        "sft": {"num_train_epochs": 3, "warmup_steps": 1, "max_response_tokens": 5, "train_on_prompt": True},
+        "sft": {"num_train_epochs": 3, "warmup_steps": 1, "max_response_tokens": 17, "train_on_prompt": True},
         "reward": {
             "num_train_epochs": 3,
             "warmup_steps": 1,
