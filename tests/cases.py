@@ -347,8 +347,7 @@ def draw_ppo_loss_from_logits(rng: random.Random, from_hidden=False) -> Call:
         options["logit_scale"] = rng.choice([0.0625, 1.5])
     if rng.random() < 0.8:
         kwargs["mask"] = draw_mask(rng, shape)
-    is_sum = kwargs["aggregate"].endswith(("token-sum", "norm"))
-    if count > 8 and (is_sum or (kwargs["aggregate"] == "token-mean" and "normalizer" in kwargs)):
+    if count > 8 and kwargs["aggregate"].endswith(("token-sum", "norm")):
         # A sum of n log-probs is off by n times what one is: brought back to where one tolerance serves.
         kwargs["normalizer"] = rng.choice([count, torch.tensor(float(count)), torch.tensor([count])])
     has_reference = rng.random() < 0.4
@@ -460,8 +459,9 @@ def flatten(result) -> list[Tensor]:
     return [t for part in result for t in flatten(part)]
 
 
-def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> float:
-    """Infinities and NaNs in the same places, the rest within `units` epsilons; returns the worst error in epsilons."""
+def assert_close(what: str, actual: Tensor, expected: Tensor, units: float, size: float = 1.0) -> float:
+    """Infinities and NaNs in the same places, the rest within `units` epsilons relative to max(size, |expected|); returns the
+    worst error in epsilons."""
     assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
     actual64, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     largest = torch.finfo(actual.dtype).max
@@ -471,7 +471,7 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, units: float) -> f
             f"{what}: {name} in different places\n{actual64}\n{expected}"
         )
     finite = torch.isfinite(expected)
-    error = (actual64 - expected)[finite].abs() / expected[finite].abs().clamp(min=1.0) / EPS[actual.dtype]
+    error = (actual64 - expected)[finite].abs() / expected[finite].abs().clamp(min=size) / EPS[actual.dtype]
     worst = error.max().item() if error.numel() else 0.0
     # float64 results come from another order of the same float64 operations, not from a wider type.
     allowed = units if actual.dtype != torch.float64 else 2.0**20
@@ -576,7 +576,7 @@ def gradient_units(name: str, call: Call, units: float) -> float:
     given = {k: v.double() if is_float(v) else v for k, v in as_keywords(name, call).items()}
     if name == "kl_divergence":
         shares = kl_shares(**given)
-    elif name in ("ppo_loss_from_logits", "linear_ppo_loss"):
+    elif name in COMPOSED:
         shares = loss_by_logprob(**given)
     else:
         return units
@@ -587,6 +587,23 @@ def kl_shares(logits, ref_logits, temperature=1.0, **_) -> Tensor:
     tau = torch.as_tensor(temperature).double().unsqueeze(-1)
     log_p, log_q = ((x / tau).log_softmax(-1) for x in (logits, ref_logits))
     return log_p.exp() * (log_p - log_q) / tau
+
+
+COMPOSED = ("ppo_loss_from_logits", "linear_ppo_loss")
+
+
+def size_of_sums(name: str, call: Call) -> float:
+    """What the scalars of a composed loss would be if all terms of their sums had one sign. The terms come from log-probs that
+    are rounded themselves, so that no sum of them is better than its terms."""
+    if name not in COMPOSED:
+        return 1.0
+    given = {k: v.double() if is_float(v) else v for k, v in as_keywords(name, call).items()}
+    given["advantages"] = -given["advantages"].abs()
+    if "ref_logprobs" in given:
+        given["kl_estimator"] = "k3" if given["kl_estimator"].startswith("k3") else "abs"
+    _, stats = OPS[name].reference(**given)
+    sizes = torch.stack([stats["policy_loss"], given.get("entropy_coef", 0.0) * stats["entropy"], stats["kl"]]).abs()
+    return float(sizes[torch.isfinite(sizes)].sum().clamp(min=1.0))
 
 
 def loss_by_logprob(labels, old_logprobs, advantages, mask=None, temperature=1.0, logits=None, **options) -> Tensor:
@@ -614,9 +631,11 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
     units = units_of(name, call)
     by_gradient = gradient_units(name, call, units) + op.more_by_product
     largest = max(v.numel() for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))
+    size = size_of_sums(name, call)
     output_error = gradient_error = 0.0
     for i, (a, e) in enumerate(zip(got.outputs, want.outputs, strict=True)):
-        output_error = max(output_error, assert_close(f"{name} output {i}", a, e, units))
+        error = assert_close(f"{name} output {i}", a, e, units, size if e.dim() == 0 else 1.0)
+        output_error = max(output_error, error)
     for place, g in got.gradients.items():
         leaf = call.args[place] if isinstance(place, int) else call.kwargs[place]
         assert g is not None, f"{name}: no gradient for argument {place}"
