@@ -184,7 +184,19 @@ def ppo_loss_from_logits_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    **objective,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clip: float | None = 20.0,
+    importance_sampling_level: str = "token",
+    loss_type: str = "ppo",
+    aggregate: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`ppo_loss_from_logits` in plain torch."""
     weight = weights_reference(mask, old_logprobs).to(logits.dtype) * (labels != ignore_index)
@@ -192,7 +204,26 @@ def ppo_loss_from_logits_reference(
     logprobs, entropies = gather_logprobs_reference(
         logits, labels, **logit_options, ignore_index=ignore_index, mask=weight != 0, with_entropy=True
     )
-    return objective_reference(logprobs, entropies, old_logprobs, advantages, weight, **objective)
+    return objective_reference(
+        logprobs,
+        entropies,
+        old_logprobs,
+        advantages,
+        weight,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
+        importance_sampling_level=importance_sampling_level,
+        loss_type=loss_type,
+        aggregate=aggregate,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+        entropy_coef=entropy_coef,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )
 
 
 def objective_reference(
