@@ -70,7 +70,7 @@ for size in SIZES:
                 "logprobs, forward + in-place backward",
                 size,
                 dtype,
-                {"rlhf_fast": backward(inplace, copy=True), "eager": backward(eager)},
+                {"rlhf_fast": backward(inplace, copy=True), "eager": backward(eager, copy=True)},
                 3,
             ),
         ]

@@ -147,7 +147,8 @@ def run(benchmark, case: Case, who: str) -> None:
 
 
 def backward(function: Callable, *, copy: bool = False) -> Callable:
-    """Forward and backward with respect to the first input."""
+    """Forward and backward with respect to the first input; with `copy`, which peers of a row share, through logits that an op
+    made, as a model makes them."""
 
     def both(x, *rest):
         leaf = x.detach().requires_grad_()
