@@ -2,11 +2,9 @@
 
 import torch
 
-from bench.common import Case, backward, rows, run
+from bench.common import DEVICE, Case, backward, rows, run
 from rlhf_fast import kl_penalty, shape_rewards
 from rlhf_fast.ops.kl import kl_penalty_reference, shape_rewards_reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def case(name, contenders, bytes_a_token, b, t):

@@ -483,6 +483,7 @@ def assert_close(what: str, actual: Tensor, expected: Tensor, units: float, size
     return worst
 
 
+COMPOSED = ("ppo_loss_from_logits", "linear_ppo_loss")  # losses that make their log-probs themselves
 # What takes gradients, of the ops that refuse them for the rest.
 INPUTS = {"ppo_loss_from_logits": (0, "logits"), "linear_ppo_loss": (0, 1, "hidden", "weight", "bias")}
 
@@ -537,8 +538,19 @@ def is_float(x) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
+def widen(x):
+    return x.double() if is_float(x) else x
+
+
 def as_keywords(name: str, call: Call) -> dict:
     return dict(inspect.signature(OPS[name].function).bind(*call.args, **call.kwargs).arguments)
+
+
+def of_reference(name: str, call: Call) -> dict:
+    """The call's arguments in float64, with the reference's defaults for the rest."""
+    bound = inspect.signature(OPS[name].reference).bind(*call.args, **call.kwargs)
+    bound.apply_defaults()
+    return {k: widen(v) for k, v in bound.arguments.items()}
 
 
 def on(device: str) -> Callable[[Tensor], Tensor]:
@@ -563,8 +575,7 @@ def units_of(name: str, call: Call) -> float:
     kind, units = variant(call), OPS[name].units
     # Rounded twice: as advantages, which a spread much smaller than they are magnifies, and once whitened.
     if kind == "whiten":
-        wide = {k: v.double() if is_float(v) else v for k, v in call.kwargs.items()}
-        advantages, _ = OPS[name].reference(*(v.double() for v in call.args), **wide | {"whiten": False})
+        advantages, _ = OPS[name].reference(**of_reference(name, call) | {"whiten": False})
         kept = advantages[call.kwargs["mask"] != 0] if call.kwargs.get("mask") is not None else advantages.flatten()
         return 4.0 + float(kept.abs().max() / (kept.std() + 1e-4)) if kept.numel() > 1 else 4.0
     if kind == "softcap":  # z = cap tanh(..) / temperature is itself a rounded number as large as this
@@ -577,23 +588,17 @@ def units_of(name: str, call: Call) -> float:
 def gradient_units(name: str, call: Call, units: float) -> float:
     """The same for gradients, beside outputs off by `units`. A row's gradients to its logits sum to 0: they share the error of
     what they are multiples of, which is more than any of them where p of the label is 1."""
-    given = {k: v.double() if is_float(v) else v for k, v in as_keywords(name, call).items()}
-    if name == "kl_divergence":
-        shares = kl_shares(**given)
-    elif name in COMPOSED:
-        shares = loss_by_logprob(**given)
-    else:
+    share_of = {"kl_divergence": kl_shares, **dict.fromkeys(COMPOSED, loss_by_logprob)}.get(name)
+    if share_of is None:
         return units
+    shares = share_of(**of_reference(name, call))
     return units * max(1.0, float(shares.abs().nan_to_num(0.0, 0.0).max())) if shares.numel() else units
 
 
-def kl_shares(logits, ref_logits, temperature=1.0, **_) -> Tensor:
+def kl_shares(logits, ref_logits, temperature, **_) -> Tensor:
     tau = torch.as_tensor(temperature).double().unsqueeze(-1)
     log_p, log_q = ((x / tau).log_softmax(-1) for x in (logits, ref_logits))
     return log_p.exp() * (log_p - log_q) / tau
-
-
-COMPOSED = ("ppo_loss_from_logits", "linear_ppo_loss")
 
 
 def size_of_sums(name: str, call: Call) -> float:
@@ -601,26 +606,38 @@ def size_of_sums(name: str, call: Call) -> float:
     are rounded themselves, so that no sum of them is better than its terms."""
     if name not in COMPOSED:
         return 1.0
-    given = {k: v.double() if is_float(v) else v for k, v in as_keywords(name, call).items()}
+    given = of_reference(name, call)
     given["advantages"] = -given["advantages"].abs()
-    if "ref_logprobs" in given:
-        given["kl_estimator"] = "k3" if given["kl_estimator"].startswith("k3") else "abs"
+    given["kl_estimator"] = "k3" if given["kl_estimator"].startswith("k3") else "abs"
     _, stats = OPS[name].reference(**given)
-    sizes = torch.stack([stats["policy_loss"], given.get("entropy_coef", 0.0) * stats["entropy"], stats["kl"]]).abs()
+    sizes = torch.stack([stats["policy_loss"], given["entropy_coef"] * stats["entropy"], stats["kl"]]).abs()
     return float(sizes[torch.isfinite(sizes)].sum().clamp(min=1.0))
 
 
-def loss_by_logprob(labels, old_logprobs, advantages, mask=None, temperature=1.0, logits=None, **options) -> Tensor:
+def loss_by_logprob(
+    labels,
+    old_logprobs,
+    advantages,
+    mask,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    logits=None,
+    hidden=None,
+    weight=None,
+    bias=None,
+    chunk_tokens=None,
+    **objective,
+) -> Tensor:
     """The gradient of a composed loss to its tokens' log-probs, over their temperatures."""
     if logits is None:
-        logits = torch.nn.functional.linear(options.pop("hidden"), options.pop("weight"), options.pop("bias", None))
-    options.pop("chunk_tokens", None)
-    weight = weights_reference(mask, old_logprobs) * (labels != -100)
-    mapped = {name: options.pop(name) for name in ("softcap", "logit_scale") if name in options}
-    mapped |= {"temperature": temperature, "mask": weight != 0, "with_entropy": True}
-    logprobs, entropies = gather_logprobs_reference(logits, labels, **mapped)
-    logprobs.requires_grad_()
-    loss, _ = objective_reference(logprobs, entropies, old_logprobs, advantages, weight, **options)
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+    counted = weights_reference(mask, old_logprobs) * (labels != ignore_index)
+    options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index, "with_entropy": True}
+    both = gather_logprobs_reference(logits, labels, temperature=temperature, mask=counted != 0, **options)
+    logprobs = both[0].requires_grad_()
+    loss, _ = objective_reference(logprobs, both[1], old_logprobs, advantages, counted, **objective)
     return torch.autograd.grad(loss, logprobs)[0] / temperature
 
 
@@ -631,7 +648,7 @@ def examine(name: str, call: Call, device: str, upstream: Callable | None = rand
     # The reference gets the upstream gradients that the op got: of its dtype, widened.
     kinds = [out.dtype for out in got.outputs]
     wide = upstream and (lambda i, out: None if (g := upstream(i, out.to(kinds[i]))) is None else g.to("cpu").double())
-    want = run(op.reference, call, places, lambda t: t.double() if t.is_floating_point() else t, wide)
+    want = run(op.reference, call, places, widen, wide)
     units = units_of(name, call)
     by_gradient = gradient_units(name, call, units) + op.more_by_product
     largest = max(v.numel() for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))

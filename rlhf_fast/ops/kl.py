@@ -67,8 +67,9 @@ def kl_penalty(
     mask = optional_mask(op, mask)
     ratio_clip = number(op, "log_ratio_clip", log_ratio_clip, above=0.0, none=math.inf)
     clip = number(op, "output_clip", output_clip, above=0.0, none=math.inf)
-    like = logprobs.shape == ref_logprobs.shape and logprobs.device == ref_logprobs.device
-    if like and mask is None and estimator == "k1" and ratio_clip == clip == math.inf:
+    plain = estimator == "k1" and mask is None and ratio_clip == clip == math.inf
+    # Unlike shapes and devices are left to the kernel, which names them.
+    if plain and logprobs.shape == ref_logprobs.shape and logprobs.device == ref_logprobs.device:
         return logprobs - ref_logprobs  # rounded once, and nothing to fuse
     return _penalty(logprobs, ref_logprobs, mask, code, straight_through, ratio_clip, clip)
 

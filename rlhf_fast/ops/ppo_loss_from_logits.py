@@ -233,26 +233,15 @@ def objective_reference(
     advantages: Tensor,
     weight: Tensor,
     *,
-    aggregate: str = "token-mean",
-    normalizer: float | Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
+    entropy_coef,
+    ref_logprobs,
+    kl_coef,
+    kl_estimator,
     **policy,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same of log-probs and entropies, with a weight a token; `policy`: the options of `ppo_policy_loss`."""
-    policy_loss, stats = ppo_policy_loss_reference(
-        logprobs,
-        old_logprobs,
-        advantages,
-        weight,
-        aggregate=aggregate,
-        normalizer=normalizer,
-        cu_seqlens=cu_seqlens,
-        **policy,
-    )
+    """The same of log-probs and entropies, with a weight a token; `policy`: the options of `ppo_policy_loss`, all of them."""
+    policy_loss, stats = ppo_policy_loss_reference(logprobs, old_logprobs, advantages, weight, **policy)
+    aggregate, normalizer, cu_seqlens = (policy[name] for name in ("aggregate", "normalizer", "cu_seqlens"))
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         kl = kl_penalty_reference(logprobs, ref_logprobs, estimator=kl_estimator, mask=weight != 0)
