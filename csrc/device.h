@@ -8,6 +8,7 @@
 // Each unit has a namespace of its own, so that one name can stand for an op on every device.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -226,7 +227,23 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
 }
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) { return empty(like, sizes, like.scalar_type()); }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+#if !defined(RLHF_DEVICE_CODE)
+  // One number expanded, as the gradient of a sum or a mean: torch's copy takes longer than many an op.
+  constexpr int64_t kFew = 32768;
+  bool expanded = t.numel() <= kFew && (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double);
+  for (int64_t d = 0; d < t.dim(); ++d) expanded = expanded && t.stride(d) == 0;
+  if (expanded) {
+    Tensor made = empty(t, t.sizes());
+    for_real(t.scalar_type(), "", "", [&](auto zero) {
+      std::fill_n(out<decltype(zero)>(made), t.numel(), *in<decltype(zero)>(t));
+    });
+    return made;
+  }
+#endif
+  return torch::stable::contiguous(t);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Masks. One weight a token, of any dtype a caller may hold it in: read as it is, so that no conversion kernel runs.

@@ -429,13 +429,17 @@ HOST_DEVICE accumulate_t<T> block_max(const T* x, int64_t n) {
   return fold_lanes<A>(max, [](F a, F b) { return a > b ? a : b; });
 }
 
+// 2^-100 is next to nothing in a sum of at least 1, however long the row. Far from the subnormal numbers, with which some processors
+// take a hundred times as long: a row of which half is masked with -inf took ten times as long.
+constexpr float kNegligibleExponent = -100;
+
 // One read of a block: its sums relative to `reference`, a value of capped(), and its own maximum.
 template <bool kCapped, bool kEntropy, class T>
 HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumulate_t<T>>& map, accumulate_t<T> reference) {
   using A = accumulate_t<T>;
   using F = Lanes<A>;
   const A to_log2 = kCapped ? static_cast<A>(kLog2E) : static_cast<A>(map.slope * kLog2E);
-  const F underflow = F{} + kLowestExponent<A> / to_log2;  // next to nothing is added there to a sum of at least 1
+  const F negligible = F{} + kNegligibleExponent / to_log2;
   const F lowest = F{} - std::numeric_limits<A>::infinity();
   constexpr int kFew = 8 / LogitLanes<T>::kParts;
   F max = lowest, few{}, few_dots{};
@@ -446,7 +450,7 @@ HOST_DEVICE SoftmaxSums block_sums(const T* x, int64_t n, const LogitMap<accumul
       const F value = where_new<T, part>(capped<kCapped>(lanes.part[part], map), lowest, seen);
       max = value > max ? value : max;
       const F distance = value - reference;
-      const F below = underflow > distance ? underflow : distance;  // a NaN passes
+      const F below = negligible > distance ? negligible : distance;  // a NaN passes
       const F e = exp2_bounded(below * to_log2);
       few += e;
       if constexpr (kEntropy) few_dots += below * e;

@@ -103,6 +103,12 @@ HOST_DEVICE F from_bits16(U bits) {  // exact
   }
 }
 
+// What stands above the 16 bits does not matter: for a bfloat16 it falls out by itself.
+template <class T, class F, class U>
+HOST_DEVICE F from_low_bits16(U bits) {
+  return from_bits16<T, F>(std::is_same_v<T, BFloat16> ? bits : bits & 0xffffu);
+}
+
 template <class T, class F, class U = typename BitsOf<F>::type>
 HOST_DEVICE U to_bits16(F value) {  // to nearest, ties to even
   const U bits = bit_cast<U>(value), magnitude = bits & 0x7fffffffu;
@@ -160,7 +166,7 @@ struct LogitLanes {
     if constexpr (kPaired) {
       U words;
       memcpy(&words, x, 64);
-      lanes.part[0] = from_bits16<T, F>(words & 0xffffu);
+      lanes.part[0] = from_low_bits16<T, F>(words);
       lanes.part[1] = from_bits16<T, F>(words >> 16);
     } else {
       memcpy(&lanes.part[0], x, 64);
@@ -211,27 +217,30 @@ HOST_DEVICE A fold_lanes(Lanes<A> lanes, Op&& op) {
 }
 
 // A sum of many small terms beside a large one. Lanes of float lose what is below half a unit of their last place, time and
-// again, so they are emptied into lanes of double every few terms.
+// again, so terms are gathered in `few`, and every few of them are added with what the sum lost before (Kahan 1965).
 template <class A>
 class WideSum {
  public:
   HOST_DEVICE void take(Lanes<A>& few) {
-    if constexpr (std::is_same_v<A, double>) {
-      low_ += few;
-    } else {
-      typename HalfLanes<float>::type half[2];
-      memcpy(half, &few, sizeof(half));
-      low_ += __builtin_convertvector(half[0], Lanes<double>);
-      high_ += __builtin_convertvector(half[1], Lanes<double>);
-    }
+    const Lanes<A> term = few - lost_, sum = sum_ + term;
+    lost_ = (sum - sum_) - term;
+    sum_ = sum;
     few = Lanes<A>{};
   }
   HOST_DEVICE double total() const {
-    return fold_lanes<double>(low_ + high_, [](Lanes<double> a, Lanes<double> b) { return a + b; });
+    Lanes<double> total{};
+    for (int half = 0; half < kLanes<A> / kTokens; ++half) total += wide(sum_, half) - wide(lost_, half);
+    return fold_lanes<double>(total, [](Lanes<double> a, Lanes<double> b) { return a + b; });
   }
 
  private:
-  Lanes<double> low_{}, high_{};
+  static HOST_DEVICE Lanes<double> wide(const Lanes<A>& lanes, int half) {
+    A values[kLanes<A>];
+    memcpy(values, &lanes, sizeof(values));
+    return load_at(values, Run{half * kTokens, kTokens});
+  }
+
+  Lanes<A> sum_{}, lost_{};
 };
 
 #endif
