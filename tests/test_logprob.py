@@ -36,6 +36,18 @@ def test_a_call_without_options_is_the_call_with_a_mask_of_ones(shape, with_entr
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_expanded_gradient_is_read_as_a_dense_one(inplace, dtype, device):
+    logits, labels = draw(3, 5, dtype=dtype, device=device)
+    gradients = []
+    for upstream in (torch.tensor(0.7, dtype=dtype).expand(3, 5), torch.full((3, 5), 0.7, dtype=dtype)):
+        x = logits.clone().requires_grad_()
+        gather_logprobs(x * 1, labels, inplace_backward=inplace).backward(upstream.to(device))
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0.1
+
+
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(device):
     logits, labels = draw(3, 7, vocab=50_257 if device == "cuda" else 2_503, device=device)
     batch = gather_logprobs(logits, labels, with_entropy=True)

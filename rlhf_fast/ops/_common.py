@@ -82,8 +82,8 @@ class Kernel:
         self._direct: Any = None
         self._direct_visible: Any = None  # without the hidden outputs
         self._hidden = 0
-        self._tensors: tuple[int, ...] = ()  # where the tensors stand among the arguments
-        self._options = 0  # where the arguments after the last tensor begin
+        self._tensors: tuple[int, ...] = ()  # where the tensors that have a gradient stand among the arguments
+        self._options = 0  # where the arguments after the last of those begin
 
     def overload(self):
         if self._bound is not _namespace:
@@ -93,7 +93,8 @@ class Kernel:
     def _bind(self):
         self._overload = found = getattr(getattr(torch.ops, _namespace), self.name).default
         self._function = _functions.get(self.name)
-        self._tensors = tuple(i for i, a in enumerate(found._schema.arguments) if "Tensor" in str(a.type))
+        leading = found._schema.arguments[: _differentiable.get(self.name)]
+        self._tensors = tuple(i for i, a in enumerate(leading) if "Tensor" in str(a.type))
         self._options = 1 + max(self._tensors)
         self._hidden = self._number_hidden()
         self._direct = self._direct_visible = None
@@ -164,6 +165,7 @@ class Kernel:
 _implementations: dict[str, tuple[str, Callable]] = {}
 _functions: dict[str, Callable] = {}
 _hidden: dict[str, int] = {}
+_differentiable: dict[str, int | None] = {}
 _registrations: dict[str, tuple[Callable, Callable | None, Callable | None]] = {}
 _public_names: dict[str, str] = {}
 
@@ -184,21 +186,36 @@ def register(
     backward: Callable | None = None,
     backward_eager: Callable | None = None,
     hidden: int = 0,
+    differentiable: int | None = None,
     function: str | None = None,
 ) -> None:
     """Give an op its shapes under tracing and, where it has one, its gradient (once differentiable).
 
     `backward_eager` takes the place of `backward` in eager calls: one that may write over what the forward pass made, of
-    which the public function gives nothing away. The last `hidden` outputs are for the gradient alone, and eager calls give
-    the formulas no gradients of them. `function` is the public function that errors speak of, where its name is not the op's.
+    which the public function gives nothing away. The last `hidden` outputs are for the gradient alone, have none themselves, and
+    eager calls give the formulas no gradients of them. Only the first `differentiable` inputs may have a gradient, or all
+    tensors. `function` is the public function that errors speak of, where its name is not the op's.
     """
     _public_names[name] = function or name
     _hidden[name] = hidden
+    _differentiable[name] = differentiable
     in_graphs = None if backward is None else first_derivative_only(name, backward)
-    _registrations[name] = (fake, setup_context, in_graphs)
+    _registrations[name] = (fake, _marking(setup_context, hidden), in_graphs)
     _register_in("rlhf_fast", name)
     if backward is not None:
         _functions[name] = _function(name, setup_context, first_derivative_only(name, backward_eager or backward))
+
+
+def _marking(setup_context: Callable | None, hidden: int) -> Callable | None:
+    """A graph sees the hidden outputs, and must know that they have no gradient."""
+    if not hidden or setup_context is None:
+        return setup_context
+
+    def run(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[-hidden:])
+        setup_context(ctx, inputs, output)  # which may mark more
+
+    return run
 
 
 def first_derivative_only(name: str, formula: Callable) -> Callable:
@@ -258,6 +275,8 @@ def _function(name: str, setup_context: Callable, formula: Callable) -> Callable
 
         backward = staticmethod(one_more if "Tensor" in str(last.type) else formula)
 
+    # Called at each backward, it asks which kind of Function this is before it does the same.
+    EagerFunction._backward_cls.apply = EagerFunction.backward
     # Function.apply first asks each input for traces of a functorch transform. Under one, a call does not come here.
     return super(torch.autograd.Function, EagerFunction).apply
 
@@ -404,11 +423,12 @@ def need_real(op: str, name: str, value: Any) -> None:
 
 def as_reals(op: str, **tensors: Any) -> list[Tensor]:
     """The named tensors in one dtype: float64 if any is, float32 otherwise (bf16 and fp16 are widened, exactly)."""
+    dtype = torch.float32
     for name, value in tensors.items():
         need_real(op, name, value)
-    wide = any(t.dtype == torch.float64 for t in tensors.values())
-    dtype = torch.float64 if wide else torch.float32
-    return [t if t.dtype == dtype else t.to(dtype) for t in tensors.values()]
+        if value.dtype is torch.float64:
+            dtype = torch.float64
+    return [t if t.dtype is dtype else t.to(dtype) for t in tensors.values()]
 
 
 def without_gradient(op: str, name: str, value: Any) -> Tensor:

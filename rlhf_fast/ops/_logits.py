@@ -38,12 +38,9 @@ def fake_outputs(logits, labels, with_entropy):
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, tau, cap, scale, ignore_index, with_entropy, inplace = inputs
-    ctx.options = (tau, cap, scale, ignore_index), with_entropy, inplace
-    if inplace:
-        ctx.overwritten = False
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.mark_non_differentiable(output[2])
+    ctx.options = inputs[-6:]  # temperature, cap, scale, ignore_index, with_entropy, inplace
+    ctx.overwritten = False
+    ctx.save_for_backward(*inputs[:-6], output[2])
     ctx.set_materialize_grads(False)
 
 
@@ -54,7 +51,7 @@ def formula(backward: Callable, backward_inplace: Callable, inputs: int, functio
     def run(ctx, grad_logprobs, grad_entropy=None, *_):
         if grad_logprobs is None and grad_entropy is None:
             return nothing
-        options, with_entropy, inplace = ctx.options
+        *options, with_entropy, inplace = ctx.options
         if inplace and ctx.overwritten:
             raise RuntimeError(
                 f"{function}(inplace_backward=True): the first backward wrote the gradient over the logits, so there can be "

@@ -169,6 +169,7 @@ def _formula(ctx, grad_advantages, grad_returns):
 register(
     "gae",
     lambda rewards, *rest: (rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)),
+    differentiable=4,
     setup_context=_context,
     backward=_formula,
 )

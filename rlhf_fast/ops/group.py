@@ -70,7 +70,6 @@ def group_advantages_reference(
 def _setup_context(ctx, inputs, output):
     rewards, *ctx.options = inputs
     ctx.save_for_backward(rewards, output[1])
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -87,6 +86,7 @@ register(
         ),  # torch 2.10 cannot add a symbolic truth
     ),
     hidden=1,
+    differentiable=1,
     setup_context=_setup_context,
     backward=_formula,
 )

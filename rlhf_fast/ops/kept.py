@@ -26,6 +26,7 @@ register(
     "kept_logprobs",
     lambda logits, labels, *rest: _logits.fake_outputs(logits, labels, rest[-2]),
     hidden=1,
+    differentiable=1,
     setup_context=_logits.setup_context,
     backward=_logits.formula(_backward, _backward_inplace, inputs=11),
     function="gather_logprobs",

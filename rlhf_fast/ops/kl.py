@@ -62,15 +62,15 @@ def kl_penalty(
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
     op = "kl_penalty"
-    code, straight_through = choice(op, "estimator", estimator, ESTIMATORS)
     logprobs, ref_logprobs = as_reals(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    mask = optional_mask(op, mask)
-    ratio_clip = number(op, "log_ratio_clip", log_ratio_clip, above=0.0, none=math.inf)
-    clip = number(op, "output_clip", output_clip, above=0.0, none=math.inf)
-    plain = estimator == "k1" and mask is None and ratio_clip == clip == math.inf
+    plain = type(estimator) is str and estimator == "k1" and mask is log_ratio_clip is output_clip is None
     # Unlike shapes and devices are left to the kernel, which names them.
     if plain and logprobs.shape == ref_logprobs.shape and logprobs.device == ref_logprobs.device:
         return logprobs - ref_logprobs  # rounded once, and nothing to fuse
+    code, straight_through = choice(op, "estimator", estimator, ESTIMATORS)
+    mask = optional_mask(op, mask)
+    ratio_clip = number(op, "log_ratio_clip", log_ratio_clip, above=0.0, none=math.inf)
+    clip = number(op, "output_clip", output_clip, above=0.0, none=math.inf)
     return _penalty(logprobs, ref_logprobs, mask, code, straight_through, ratio_clip, clip)
 
 
@@ -190,6 +190,7 @@ def _shape_formula(ctx, grad):
 register(
     "kl_penalty",
     lambda logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    differentiable=2,
     setup_context=_penalty_context,
     backward=_penalty_formula,
 )
@@ -197,6 +198,7 @@ register("kl_penalty_backward", lambda grad, logprobs, *rest: logprobs.new_empty
 register(
     "shape_rewards",
     lambda scores, logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    differentiable=3,
     setup_context=_shape_context,
     backward=_shape_formula,
 )

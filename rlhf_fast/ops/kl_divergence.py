@@ -116,7 +116,6 @@ def _fake(logits, ref_logits, *rest):
 def _context(ctx, inputs, output):
     *tensors, ctx.tau = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -125,5 +124,5 @@ def _formula(ctx, grad, *_):
     return logits_grad, None, None, None, None
 
 
-register("kl_divergence", _fake, hidden=1, setup_context=_context, backward=_formula)
+register("kl_divergence", _fake, hidden=1, differentiable=1, setup_context=_context, backward=_formula)
 register("kl_divergence_backward", lambda grad, logits, *rest: logits.new_empty(logits.shape))

@@ -377,7 +377,6 @@ def _context(ctx, inputs, output):
     hidden, weight, bias, labels, taus, mask, *numbers, ctx.with_entropy, chunk_tokens, _ = inputs
     ctx.options = (*numbers, chunk_tokens)
     ctx.save_for_backward(hidden, weight, bias, labels, taus, mask, output[2])
-    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
@@ -420,6 +419,7 @@ register(
     "linear_logprobs",
     _fake_logprobs,
     hidden=1,
+    differentiable=3,
     setup_context=_context,
     backward=_formula,
 )

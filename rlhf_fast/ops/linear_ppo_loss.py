@@ -357,7 +357,9 @@ define(
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _loss_and_gradients,
 )
-register(_op, _fake, hidden=3, setup_context=_context, backward=_formula, backward_eager=_formula_eager)
+register(
+    _op, _fake, hidden=3, differentiable=3, setup_context=_context, backward=_formula, backward_eager=_formula_eager
+)
 
 
 def _fake_rows(logits, labels, *rest):

@@ -163,6 +163,7 @@ register(
     "gather_logprobs",
     lambda logits, labels, *rest: _logits.fake_outputs(logits, labels, rest[-2]),
     hidden=1,
+    differentiable=1,
     setup_context=_logits.setup_context,
     backward=_logits.formula(_backward, _backward_inplace, inputs=10),
 )

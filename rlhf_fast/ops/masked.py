@@ -122,13 +122,11 @@ def _same_shape(op, mask, x):
 
 def _mean_context(ctx, inputs, output):
     ctx.save_for_backward(inputs[1], output[1], inputs[2])
-    ctx.mark_non_differentiable(output[1])
 
 
 def _whiten_context(ctx, inputs, output):
     x, mask, ctx.shift_mean, _, _ = inputs
     ctx.save_for_backward(x, mask, output[1])
-    ctx.mark_non_differentiable(output[1])
 
 
 def _fake_mean(x, mask, cu_seqlens):
@@ -140,6 +138,7 @@ register(
     "masked_mean",
     _fake_mean,
     hidden=1,
+    differentiable=1,
     setup_context=_mean_context,
     backward=lambda ctx, grad, *_: (_mean_backward(grad, *ctx.saved_tensors), None, None),
 )
@@ -148,6 +147,7 @@ register(
     "masked_whiten",
     lambda x, mask, *rest: (x.new_empty(x.shape), x.new_empty((4,), dtype=torch.float64)),
     hidden=1,
+    differentiable=1,
     setup_context=_whiten_context,
     backward=lambda ctx, grad, *_: (_whiten_backward(grad, *ctx.saved_tensors, ctx.shift_mean), None, None, None, None),
 )

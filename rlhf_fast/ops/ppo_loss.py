@@ -351,6 +351,7 @@ register(
     "ppo_policy_loss",
     _fake_loss(POLICY_STATS, 2),
     hidden=3,
+    differentiable=3,
     setup_context=_policy_context,
     backward=_policy_formula,
 )
@@ -358,6 +359,7 @@ register(
     "ppo_value_loss",
     _fake_loss(VALUE_STATS, 1, 2),
     hidden=4,
+    differentiable=3,
     setup_context=_context,
     backward=_value_formula,
 )

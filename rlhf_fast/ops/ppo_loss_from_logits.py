@@ -334,6 +334,7 @@ register(
     "ppo_loss_from_logits",
     _fake,
     hidden=1,
+    differentiable=1,
     setup_context=_context,
     backward=_formula,
     backward_eager=_formula_eager,

@@ -193,7 +193,7 @@ def _dpo_formula(ctx, grad, *_):
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
 
 
-register("reward_pair_loss", _fake, hidden=1, setup_context=_pair_context, backward=_pair_formula)
+register("reward_pair_loss", _fake, hidden=1, differentiable=3, setup_context=_pair_context, backward=_pair_formula)
 register(
     "reward_pair_loss_backward",
     lambda grad, chosen, rejected, slopes, center_coef, need_margin: (
@@ -202,7 +202,7 @@ register(
         chosen.new_empty(chosen.shape if need_margin else (0,)),
     ),
 )
-register("dpo_loss", _fake, hidden=1, setup_context=_dpo_context, backward=_dpo_formula)
+register("dpo_loss", _fake, hidden=1, differentiable=4, setup_context=_dpo_context, backward=_dpo_formula)
 register(
     "dpo_loss_backward",
     lambda grad, slopes, *needed: tuple(grad.new_empty(slopes.shape if need else (0,)) for need in needed),

@@ -121,7 +121,7 @@ class _VocabParallel(torch.autograd.Function):
         wide = logits.dtype == torch.float64
         logprobs, entropy, stats = _kernels.combine(partials[:, :rows], *rest, with_entropy, wide)
 
-        ctx.options = (tau, cap, scale, ignore_index, start, _UNKNOWN), with_entropy, inplace
+        ctx.options = tau, cap, scale, ignore_index, start, _UNKNOWN, with_entropy, inplace
         ctx.overwritten = False
         ctx.save_for_backward(logits, labels, taus, mask, stats)
         ctx.mark_non_differentiable(stats)
