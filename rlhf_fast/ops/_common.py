@@ -275,8 +275,9 @@ def _function(name: str, setup_context: Callable, formula: Callable) -> Callable
 
         backward = staticmethod(one_more if "Tensor" in str(last.type) else formula)
 
-    # Called at each backward, it asks which kind of Function this is before it does the same.
-    EagerFunction._backward_cls.apply = EagerFunction.backward
+    # What torch calls at each backward asks which kind of Function this is before it does the same.
+    if backward_class := getattr(EagerFunction, "_backward_cls", None):
+        backward_class.apply = EagerFunction.backward
     # Function.apply first asks each input for traces of a functorch transform. Under one, a call does not come here.
     return super(torch.autograd.Function, EagerFunction).apply
 
