@@ -1,8 +1,8 @@
 """What is beside the arithmetic of gather_logprobs on one CPU thread: python -m bench.overhead
 
-Of few rows: what torch and Python take for a call. A Function that only hands out a tensor made before is the least that a gradient
-formula written in Python costs, and there is no other way to add one to a library that loads beside several versions of torch. Of many:
-what the operating system takes for the memory of the gradient, which it hands out page by page, zeroed, at the first write.
+Of few rows: what torch and Python take for a call. A Function that only hands out a tensor made before is the least that a
+gradient formula written in Python costs, and there is no other way to add one to a library that loads beside several versions of
+torch. Of many: what the operating system takes for the memory of the gradient, handed out page by page, zeroed, on first use.
 
 Writes bench/results/overhead.json and .md.
 """
@@ -110,7 +110,8 @@ def main() -> None:
                 [[name, *(relative(values, unit) for values in runs.values())] for name, runs in few.items()],
             ),
             "",
-            f"The backward pass of {MANY[0]}x{MANY[1]}x{MANY[2]} float32, in parts of ours in place: median of {LARGE_CALLS}, least and most.",
+            f"The backward pass of {MANY[0]}x{MANY[1]}x{MANY[2]} float32, in parts of ours in place: median of {LARGE_CALLS}, "
+            "least and most.",
             "",
             contenders.table(
                 ["what", "time", "of that the operating system's", "page faults"],
