@@ -2,7 +2,8 @@
 
 Of few rows: what torch and Python take for a call. A Function that only hands out a tensor made before is the least that a
 gradient formula written in Python costs, and there is no other way to add one to a library that loads beside several versions of
-torch. Of many: what the operating system takes for the memory of the gradient, handed out page by page, zeroed, on first use.
+torch. Of many: what the memory takes, beside a pass that computes next to nothing. The operating system hands out a new gradient's
+memory page by page, zeroed, on first use; NumPy asks for huge pages as we do, and torch does not.
 
 Writes bench/results/overhead.json and .md.
 """
@@ -12,7 +13,9 @@ import resource
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from bench import contenders
 from bench.bench_logprob import eager
@@ -65,34 +68,55 @@ def few_rows() -> dict[str, Runs]:
     return found
 
 
-def many_rows() -> dict[str, Runs]:
-    """Milliseconds of the backward pass, those of them that the operating system took, and page faults."""
+def many_rows() -> tuple[Runs, dict[str, Runs]]:
+    """Milliseconds of the forward pass; of the backward pass, those that the operating system took of them, and page faults."""
     logits, labels = torch.randn(MANY) * 3, torch.randint(0, MANY[-1], MANY[:-1])
-    upstream, found = torch.full(MANY[:-1], 1e-3), {}
-    for name, function, options in (
-        ("rlhf_fast, in place", gather_logprobs, {"inplace_backward": True}),
-        ("rlhf_fast", gather_logprobs, {}),
-        ("eager", eager, {}),
-    ):
-        runs: Runs = {"time": [], "system": [], "faults": []}
-        for _ in range(LARGE_CALLS):
-            leaf = logits.clone().requires_grad_()
-            out = function(leaf.view_as(leaf), labels, **options)
+    upstream = torch.full(MANY[:-1], 1e-3)
+
+    def in_place(x: Tensor, labels: Tensor) -> Tensor:
+        return gather_logprobs(x, labels, inplace_backward=True)
+
+    def gradient(function: Callable) -> Callable:
+        leaf = logits.clone().requires_grad_()
+        out = function(leaf.view_as(leaf), labels)
+        return lambda: out.backward(upstream)
+
+    copy = logits.clone().numpy()
+    backward = {
+        "rlhf_fast, in place": lambda: gradient(in_place),
+        "NumPy, twice the logits, in place": lambda: lambda: np.multiply(copy, 2, out=copy),
+        "rlhf_fast": lambda: gradient(gather_logprobs),
+        "NumPy, twice the logits": lambda: lambda: np.multiply(copy, 2),
+        "eager": lambda: gradient(eager),
+    }
+    forward = {
+        "rlhf_fast": lambda: gather_logprobs(logits, labels),
+        "torch, sum of the logits": logits.sum,
+        "eager": lambda: eager(logits, labels),
+    }
+    forward_runs: Runs = {name: [] for name in forward}
+    backward_runs: dict[str, Runs] = {name: {"time": [], "system": [], "faults": []} for name in backward}
+    for _ in range(LARGE_CALLS):
+        for name, call in forward.items():
+            start = time.process_time()
+            call()
+            forward_runs[name].append((time.process_time() - start) * 1e3)
+        for name, prepare in backward.items():
+            call, runs = prepare(), backward_runs[name]
             before, start = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
-            out.backward(upstream)
+            made = call()
             runs["time"].append((time.process_time() - start) * 1e3)
             after = resource.getrusage(resource.RUSAGE_SELF)
             runs["system"].append((after.ru_stime - before.ru_stime) * 1e3)
             runs["faults"].append(float(after.ru_minflt - before.ru_minflt))
-            del leaf, out
-        found[name] = runs
-    return found
+            del call, made
+    return forward_runs, backward_runs
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
-    few, many = few_rows(), many_rows()
+    few, (forward, many) = few_rows(), many_rows()
 
     def relative(values: list[float], unit: float) -> str:
         return f"{contenders.median(values) / unit:.2f} ({contenders.spread([v / unit for v in values])})"
@@ -108,6 +132,13 @@ def main() -> None:
             contenders.table(
                 ["what", *few["eager"]],
                 [[name, *(relative(values, unit) for values in runs.values())] for name, runs in few.items()],
+            ),
+            "",
+            f"The forward pass of {MANY[0]}x{MANY[1]}x{MANY[2]} float32, in parts of ours: median of {LARGE_CALLS}, least and most.",
+            "",
+            contenders.table(
+                ["what", "time"],
+                [[name, relative(runs, contenders.median(forward["rlhf_fast"]))] for name, runs in forward.items()],
             ),
             "",
             f"The backward pass of {MANY[0]}x{MANY[1]}x{MANY[2]} float32, in parts of ours in place: median of {LARGE_CALLS}, "
@@ -127,7 +158,7 @@ def main() -> None:
             ),
         ]
     )
-    result = {"machine": contenders.machine(), "commit": contenders.commit(), "few, us": few, "many, ms": many}
+    result = {"machine": contenders.machine(), "commit": contenders.commit(), "few, us": few, "forward, ms": forward, "backward, ms": many}
     contenders.write("overhead", result, text)
 
 
