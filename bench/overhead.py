@@ -2,8 +2,8 @@
 
 Of few rows: what torch and Python take for a call. A Function that only hands out a tensor made before is the least that a
 gradient formula written in Python costs, and there is no other way to add one to a library that loads beside several versions of
-torch. Of many: what the memory takes, beside a pass that computes next to nothing. The operating system hands out a new gradient's
-memory page by page, zeroed, on first use; NumPy asks for huge pages as we do, and torch does not.
+torch. Of many: what the memory takes, beside passes that compute next to nothing. The operating system hands out the memory of a
+new gradient page by page, zeroed, on first use; NumPy asks for huge pages as we do, and torch does not.
 
 Writes bench/results/overhead.json and .md.
 """
@@ -134,7 +134,8 @@ def main() -> None:
                 [[name, *(relative(values, unit) for values in runs.values())] for name, runs in few.items()],
             ),
             "",
-            f"The forward pass of {MANY[0]}x{MANY[1]}x{MANY[2]} float32, in parts of ours: median of {LARGE_CALLS}, least and most.",
+            f"The forward pass of {MANY[0]}x{MANY[1]}x{MANY[2]} float32, in parts of ours: median of {LARGE_CALLS}, "
+            "least and most.",
             "",
             contenders.table(
                 ["what", "time"],
@@ -158,7 +159,13 @@ def main() -> None:
             ),
         ]
     )
-    result = {"machine": contenders.machine(), "commit": contenders.commit(), "few, us": few, "forward, ms": forward, "backward, ms": many}
+    result = {
+        "machine": contenders.machine(),
+        "commit": contenders.commit(),
+        "few, us": few,
+        "forward, ms": forward,
+        "backward, ms": many,
+    }
     contenders.write("overhead", result, text)
 
 
