@@ -142,11 +142,11 @@ HOST_DEVICE T narrow(A value) {
 
 #if !defined(RLHF_DEVICE_CODE)
 
-// For a loop over a row of logits, of what it will read or write soon: the processor's own prefetching ends with each page of
-// 4 KiB and starts anew in the next. Beyond the row the address may be anything.
-HOST_DEVICE void prefetch_ahead_of(const void* logits) {
-  constexpr uintptr_t kAhead = 4096;
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(logits) + kAhead));
+// For a loop over a row, of what it will read or write soon: the processor's own prefetching ends with each page of 4 KiB and
+// starts anew in the next. Beyond the row the address may be anything.
+constexpr intptr_t kPage = 4096;
+HOST_DEVICE void prefetch_ahead_of(const void* at, intptr_t ahead = kPage) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(at) + ahead));
 }
 
 // Logits as a loop takes them: one lane each, or two of 16 bits in one, so that all lanes are 32 bits wide.
