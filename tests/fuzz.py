@@ -14,6 +14,7 @@ import collections
 import contextlib
 import multiprocessing
 import random
+import signal
 import sys
 import time
 
@@ -183,6 +184,20 @@ def play(task: tuple) -> tuple[str, str, dict, list[str]]:
     return name, device, dict(worst), failures
 
 
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _once_interrupted():
+    """A second Ctrl-C would lose what the first one is to show."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _ignore_interrupts()
+        raise
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("calls", type=int)
@@ -207,7 +222,13 @@ def main() -> int:
                 tasks.append((given.seed, name, device, chunk, min(CHUNK, calls - chunk * CHUNK), None))
     random.Random(0).shuffle(tasks)  # slow ops among fast ones, so that the processes end together
     totals, failures = collections.defaultdict(lambda: [0, 0.0, 0.0]), []
-    with multiprocessing.get_context("spawn").Pool(given.processes) as pool, contextlib.suppress(KeyboardInterrupt):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(given.processes, _ignore_interrupts) as pool,
+        contextlib.suppress(KeyboardInterrupt),
+        _once_interrupted(),
+    ):
         for name, device, worst, failed in pool.imap_unordered(play, tasks):  # Ctrl-C shows what was done until then
             for (kind, dtype), (calls, output, gradient) in worst.items():
                 row = totals[name, kind, device, dtype]
