@@ -15,10 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench import contenders
-from bench.bench_logprob import eager
+from bench.bench_logprob import eager, inplace
 from rlhf_fast import gather_logprobs
 
 FEW, MANY = (4, 16, 82), (1, 1024, 50_257)
@@ -73,9 +72,6 @@ def many_rows() -> tuple[Runs, dict[str, Runs]]:
     logits, labels = torch.randn(MANY) * 3, torch.randint(0, MANY[-1], MANY[:-1])
     upstream = torch.full(MANY[:-1], 1e-3)
 
-    def in_place(x: Tensor, labels: Tensor) -> Tensor:
-        return gather_logprobs(x, labels, inplace_backward=True)
-
     def gradient(function: Callable) -> Callable:
         leaf = logits.clone().requires_grad_()
         out = function(leaf.view_as(leaf), labels)
@@ -83,7 +79,7 @@ def many_rows() -> tuple[Runs, dict[str, Runs]]:
 
     copy = logits.clone().numpy()
     backward = {
-        "rlhf_fast, in place": lambda: gradient(in_place),
+        "rlhf_fast, in place": lambda: gradient(inplace),
         "NumPy, twice the logits, in place": lambda: lambda: np.multiply(copy, 2, out=copy),
         "rlhf_fast": lambda: gradient(gather_logprobs),
         "NumPy, twice the logits": lambda: lambda: np.multiply(copy, 2),

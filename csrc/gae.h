@@ -188,7 +188,7 @@ HOST_DEVICE void gae_block(const GaeArrays<A>& arrays, int64_t first, int64_t n,
   const A *rewards = arrays.rewards + first, *values = arrays.values + first;
   A *advantages_out = arrays.advantages + first, *returns_out = arrays.returns + first;
   constexpr int64_t kLine = 64 / sizeof(A);
-  for (int64_t t = 0; t < kGaeBlock; t += kLine)
+  for (int64_t t = 0; t < n; t += kLine)  // what comes next lies to the left
     for (const A* numbers : {rewards, values, static_cast<const A*>(advantages_out), static_cast<const A*>(returns_out)})
       prefetch_ahead_of(numbers + t, -kPage);
   bool all = true, none = false, binary = true;

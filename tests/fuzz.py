@@ -189,13 +189,12 @@ def _ignore_interrupts() -> None:
 
 
 @contextlib.contextmanager
-def _once_interrupted():
-    """A second Ctrl-C would lose what the first one is to show."""
+def _until_interrupted():
+    """Ends at Ctrl-C; a second one would lose what the first one is to show."""
     try:
         yield
     except KeyboardInterrupt:
         _ignore_interrupts()
-        raise
 
 
 def main() -> int:
@@ -224,11 +223,7 @@ def main() -> int:
     totals, failures = collections.defaultdict(lambda: [0, 0.0, 0.0]), []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     context = multiprocessing.get_context("spawn")
-    with (
-        context.Pool(given.processes, _ignore_interrupts) as pool,
-        contextlib.suppress(KeyboardInterrupt),
-        _once_interrupted(),
-    ):
+    with context.Pool(given.processes, _ignore_interrupts) as pool, _until_interrupted():
         for name, device, worst, failed in pool.imap_unordered(play, tasks):  # Ctrl-C shows what was done until then
             for (kind, dtype), (calls, output, gradient) in worst.items():
                 row = totals[name, kind, device, dtype]

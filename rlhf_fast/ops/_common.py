@@ -426,8 +426,6 @@ def as_reals(op: str, **tensors: Any) -> list[Tensor]:
     """The named tensors in one dtype: float64 if any is, float32 otherwise (bf16 and fp16 are widened, exactly)."""
     dtype = torch.float32
     for name, value in tensors.items():
-        if type(value) is Tensor and value.dtype is torch.float32 and value.layout is _strided and not value.is_nested:
-            continue  # the usual one, which fewer questions tell from all that is refused: k1 takes as long as this function
         need_real(op, name, value)
         if value.dtype is torch.float64:
             dtype = torch.float64
