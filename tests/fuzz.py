@@ -5,8 +5,8 @@
     python -m tests.fuzz 0 --repeat "7 gae cpu 12 31"       one call again, as a failure names it
 
 Outputs and gradients are compared on every call. Every fourth call is also asked for the same bits from a row alone and in its
-batch, and padded and packed; every twentieth for the same bits on one and two threads. Prints one table, and exits 1 where a
-call failed.
+batch, and padded and packed; every twentieth for the same bits on one and two threads. Prints the number of calls made once a
+minute and one table at the end, and exits 1 where a call failed.
 """
 
 import argparse
@@ -32,6 +32,7 @@ DEVICES = {"cpu": 1, "emulated": 2, **({"cuda": 1} if torch.cuda.is_available() 
 # A row of these depends on nothing outside itself: its bits may not either.
 ROW_BY_ROW = ("gather_logprobs", "kl_penalty", "kl_divergence", "shape_rewards", "gae")
 MAX_FAILURES = 20
+SAY_EVERY = 60  # seconds
 MAX_PADDED = 10_000  # tokens
 
 
@@ -211,7 +212,7 @@ def main() -> int:
         print("\n".join(failures) or "passed")
         return len(failures)
 
-    started = time.perf_counter()
+    started = said = time.perf_counter()
     emulate.load()  # compiled once, not in each process
     tasks = []
     for name in given.ops:
@@ -229,6 +230,9 @@ def main() -> int:
                 row = totals[name, kind, device, dtype]
                 row[:] = row[0] + calls, max(row[1], output), max(row[2], gradient)
             failures += failed
+            if time.perf_counter() - said > SAY_EVERY:
+                said = time.perf_counter()
+                print(f"{sum(row[0] for row in totals.values())} of {sum(task[4] for task in tasks)} calls", file=sys.stderr)
             if len(failures) >= MAX_FAILURES:
                 break
     print(f"seed {given.seed}; worst errors in epsilons of the output's dtype, relative to max(1, |reference|)")
