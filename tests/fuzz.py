@@ -198,6 +198,10 @@ def _until_interrupted():
         _ignore_interrupts()
 
 
+def calls_of(totals: dict[tuple, list]) -> int:
+    return sum(row[0] for row in totals.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("calls", type=int)
@@ -232,7 +236,7 @@ def main() -> int:
             failures += failed
             if time.perf_counter() - said > SAY_EVERY:
                 said = time.perf_counter()
-                print(f"{sum(row[0] for row in totals.values())} of {sum(task[4] for task in tasks)} calls", file=sys.stderr)
+                print(f"{calls_of(totals)} calls of {sum(task[4] for task in tasks)}", file=sys.stderr)
             if len(failures) >= MAX_FAILURES:
                 break
     print(f"seed {given.seed}; worst errors in epsilons of the output's dtype, relative to max(1, |reference|)")
@@ -240,9 +244,7 @@ def main() -> int:
     order = {name: i for i, name in enumerate(OPS)}
     for (name, kind, device, dtype), row in sorted(totals.items(), key=lambda item: (order[item[0][0]], item[0][1:])):
         print(f"{name + ' ' * bool(kind) + kind:<26}{device:<10}{dtype:<9}{row[0]:>8}{row[1]:>10.3f}{row[2]:>11.3f}")
-    print(
-        f"{sum(row[0] for row in totals.values())} calls in {time.perf_counter() - started:.0f} s, {len(failures)} failed"
-    )
+    print(f"{calls_of(totals)} calls in {time.perf_counter() - started:.0f} s, {len(failures)} failed")
     for failure in failures[:MAX_FAILURES]:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
