@@ -317,6 +317,18 @@ def draw_ppo_policy_loss(rng: random.Random) -> Call:
     return Call((*draw_pair_of_logprobs(rng, shape, real_dtype(rng)), restride(rng, advantages)), kwargs)
 
 
+def off_kinks(other: Tensor, logprobs: Tensor, kinks: list[float]) -> Tensor:
+    """`other`, moved up in place where logprobs - other is so near a kink that the rounding of a log-prob, made by the op
+    itself, decides on which side it lies."""
+    while True:
+        size = torch.maximum(logprobs.abs(), other.double().abs()).clamp(min=1.0)
+        log_ratio = logprobs - other.double()
+        near = torch.stack([(log_ratio - kink).abs() < 3e-5 * size for kink in kinks]).any(0)
+        if not near.any():
+            return other
+        other[near] += (size * max(1e-4, torch.finfo(other.dtype).eps))[near].to(other.dtype)
+
+
 def draw_ppo_loss_from_logits(rng: random.Random, from_hidden=False) -> Call:
     shape, rows, kwargs = draw_rows(rng)
     count = math.prod(shape)
@@ -368,16 +380,19 @@ def draw_ppo_loss_from_logits(rng: random.Random, from_hidden=False) -> Call:
         kwargs["ref_logprobs"] = moved(real_dtype(rng))
         kwargs["kl_coef"] = rng.choice([0.0, 0.05, 1.0])
         kwargs["kl_estimator"] = rng.choice(list(ESTIMATORS))
-        if kwargs["kl_estimator"] == "abs":  # whose slope at 0 is that of either side, by the rounding of the log-prob
-            size, ref = logprobs.abs().clamp(min=1.0), kwargs["ref_logprobs"]
-            near = (logprobs - ref.double()).abs() < 1e-3 * size
-            ref[near] -= (0.1 * size[near]).to(ref.dtype)
+        if kwargs["kl_estimator"] == "abs":
+            off_kinks(kwargs["ref_logprobs"], logprobs, [0.0])
     if rng.random() < 0.3 and count:
         labels.flatten()[rng.randrange(count)] = -100
     one_a_row = [(rows, 1), *([(rows,)] if shape != (rows,) else [])]
     advantages = restride(rng, randn(rng, *rng.choice([shape, shape, *one_a_row]), dtype=real_dtype(rng)))
     labels = restride(rng, labels.to(rng.choice([torch.int32, torch.int64])))
-    return Call((*source, labels, moved(real_dtype(rng)), advantages), kwargs | options)
+    clips = [1 - kwargs["clip_low"], 1 + kwargs["clip_high"], kwargs["dual_clip"]]
+    kinks = [math.log(ratio) for ratio in clips if ratio]
+    if clip := kwargs["log_ratio_clip"]:
+        kinks += [-clip, clip]
+    old_logprobs = off_kinks(moved(real_dtype(rng)), logprobs, kinks)
+    return Call((*source, labels, old_logprobs, advantages), kwargs | options)
 
 
 def draw_linear_ppo_loss(rng: random.Random) -> Call:
