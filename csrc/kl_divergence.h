@@ -38,13 +38,12 @@ struct KlSums {
   S sum = 0, ref_sum = 0, dot = 0;
   bool cut = false;  // the reference lacks a token of the policy
 
-  HOST_DEVICE void move(const KlTops<A>& to, A slope) {
-    const S scale = static_cast<S>(slope) * static_cast<S>(kLog2E);
+  HOST_DEVICE void move(const KlTops<A>& to, S to_log2) {
     const S moved = static_cast<S>(tops.max) - to.max, ref_moved = static_cast<S>(tops.ref_max) - to.ref_max;
-    const S factor = exp2_nonpositive(moved * scale);
+    const S factor = exp2_nonpositive(moved * to_log2);
     dot = factor > 0 ? factor * (dot + (moved - ref_moved) * sum) : S(0);
     sum *= factor;
-    ref_sum *= exp2_nonpositive(ref_moved * scale);
+    ref_sum *= exp2_nonpositive(ref_moved * to_log2);
     tops = to;
   }
 };
@@ -80,7 +79,7 @@ struct KlGradient {
   KlTops<A> tops;
   A to_log2, mean, coefficient;
 
-  HOST_DEVICE KlGradient(const KlStats<A>& stats, A slope, double upstream)
+  HOST_DEVICE KlGradient(const KlStats<A>& stats, double slope, double upstream)
       : tops(stats.tops),
         to_log2(static_cast<A>(slope * kLog2E)),
         mean(stats.mean),
@@ -104,9 +103,9 @@ struct KlCall {
   LogprobOptions options;
 
   template <class A>
-  HOST_DEVICE static A slope(const LogprobOptions& options, int64_t row) {  // NaN for a temperature that is none
-    const A slope = options.map<A>(row).slope;
-    return slope > 0 ? slope : std::numeric_limits<A>::quiet_NaN();
+  HOST_DEVICE static double slope(const LogprobOptions& options, int64_t row) {  // NaN for a temperature that is none
+    const double slope = 1 / options.tau<A>(row);
+    return static_cast<A>(slope) > 0 ? slope : std::numeric_limits<double>::quiet_NaN();
   }
 };
 
@@ -233,10 +232,10 @@ HOST_DEVICE KlTops<A> block_tops(const T* x, const U* y, int64_t n) {
 
 // One read of a block: its sums relative to `above`, which may be exceeded by the headroom, and its own maxima.
 template <class T, class U, class A = accumulate_t<T>>
-HOST_DEVICE KlSums<A, double> kl_block(const T* x, const U* y, int64_t n, A slope, const KlTops<A>& above) {
+HOST_DEVICE KlSums<A, double> kl_block(const T* x, const U* y, int64_t n, A to_log2, const KlTops<A>& above) {
   using F = Lanes<A>;
-  constexpr int kFew = 8;
-  const A to_log2 = static_cast<A>(slope * kLog2E), reference = above.max, ref_reference = above.ref_max;
+  constexpr int kFew = 4;  // equal terms beside a large one are rounded to one side each time, and KL magnifies that
+  const A reference = above.max, ref_reference = above.ref_max;
   const F underflow = F{} + kLowestExponent<A> / to_log2, lowest = F{} - std::numeric_limits<A>::infinity(), zero{};
   F max = lowest, ref_max = lowest, highest = lowest, few{}, ref_few{}, few_dots{};
   WideSum<A> sum, ref_sum, dot;
@@ -266,23 +265,24 @@ HOST_DEVICE KlSums<A, double> kl_block(const T* x, const U* y, int64_t n, A slop
 
 // As softmax_sums: a block is read once where neither row rises above what came before.
 template <class T, class U, class A = accumulate_t<T>>
-CPU_CLONES KlSums<A, double> kl_sums(const T* x, const U* y, int64_t vocab, A slope) {
+CPU_CLONES KlSums<A, double> kl_sums(const T* x, const U* y, int64_t vocab, double slope) {
+  const double to_log2 = slope * kLog2E;
   KlSums<A, double> total, block;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    auto rises = [&](A top, A over) ALWAYS_INLINE { return !((top - over) * slope <= static_cast<A>(kHeadroom)); };
+    auto rises = [&](A top, A over) ALWAYS_INLINE { return !((top - over) * slope <= kHeadroom); };
     KlTops<A> above = total.tops;
     for (bool again = start == 0;; again = true) {  // kl_block stands in the code once: it is long
       if (again) above = larger(above, block_tops(x + start, y + start, n));
-      block = kl_block(x + start, y + start, n, slope, above);
+      block = kl_block(x + start, y + start, n, static_cast<A>(to_log2), above);
       if (again || !(rises(block.tops.max, above.max) || rises(block.tops.ref_max, above.ref_max))) break;
     }
-    total.move(above, slope);
+    total.move(above, to_log2);
     total.sum += block.sum;
     total.ref_sum += block.ref_sum;
     total.dot += block.dot;
     total.cut |= block.cut;
-    total.move(larger(total.tops, block.tops), slope);
+    total.move(larger(total.tops, block.tops), to_log2);
   }
   return total;
 }
@@ -315,7 +315,7 @@ inline std::tuple<Tensor, Tensor> kl_divergence(Tensor logits, Tensor ref_logits
       const double weight = call.options.mask[row];
       KlRow<A> result;
       if (weight != 0) {
-        const A slope = KlCall::slope<A>(call.options, row);
+        const double slope = KlCall::slope<A>(call.options, row);
         result = finish_kl(kl_sums(x + call.rows.offset(row), y + call.ref_rows.offset(row), call.rows.vocab, slope), slope);
       }
       kl_out[row] = static_cast<A>(weight == 0 ? 0.0 : weight * result.kl);
@@ -396,24 +396,24 @@ struct Units {
 };
 
 template <int kElements, class A, class X, class Y>
-__device__ void add_units(KlSums<A, A>& mine, const X& x, const Y& y, A slope, A scale) {
-  mine.move(larger(mine.tops, {x.max(), y.max()}), slope);
-  A sum = 0, ref_sum = 0, dot = 0;
+__device__ void add_units(KlSums<A, A>& mine, const X& x, const Y& y, A to_log2) {
+  mine.move(larger(mine.tops, {x.max(), y.max()}), to_log2);
   UNROLL
   for (int u = 0; u < kUnitsInFlight; ++u) {
+    A sum = 0, ref_sum = 0, dot = 0;
     UNROLL
     for (int i = 0; i < kElements; ++i) {
       const A below = x(u, i) - mine.tops.max, ref_below = y(u, i) - mine.tops.ref_max, difference = below - ref_below;
-      const A e = exp2_nonpositive(below * scale);
+      const A e = exp2_nonpositive(below * to_log2);
       sum += e;
-      ref_sum += exp2_nonpositive(ref_below * scale);
+      ref_sum += exp2_nonpositive(ref_below * to_log2);
       mine.cut = mine.cut || difference == std::numeric_limits<A>::infinity();
       if (e > 0) dot += e * difference;  // never 0 * inf, nor what two -inf leave
     }
+    mine.sum += sum;
+    mine.ref_sum += ref_sum;
+    mine.dot += dot;
   }
-  mine.sum += sum;
-  mine.ref_sum += ref_sum;
-  mine.dot += dot;
 }
 
 struct KlTotals {
@@ -440,7 +440,7 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
   const double weight = options.mask[row];
   KlRow<A> result;
   if (weight != 0) {
-    const A slope = KlCall::slope<A>(options, row), scale = slope * static_cast<A>(kLog2E);
+    const A to_log2 = static_cast<A>(KlCall::slope<A>(options, row) * kLog2E);
     const float fill = -std::numeric_limits<float>::infinity();
     const RowReader<T> reader(logits + rows.offset(row), rows.vocab);
     const RowReader<U> ref_reader(ref_logits + ref_rows.offset(row), rows.vocab);
@@ -449,12 +449,13 @@ __global__ void __launch_bounds__(kThreads == kWarp ? kWarp * kRowsPerBlock : kT
     for (int unit = lane; unit < units_in_row; unit += kThreads * kUnitsInFlight) {
       const Units<kElements, T> x(reader, unit, kThreads, static_cast<T>(fill));
       const Units<kElements, U> y(ref_reader, unit, kThreads, static_cast<U>(fill));
-      add_units<kElements>(mine, x, y, slope, scale);
+      add_units<kElements>(mine, x, y, to_log2);
     }
-    mine.move({block_max<kThreads>(mine.tops.max), block_max<kThreads>(mine.tops.ref_max)}, slope);
+    mine.move({block_max<kThreads>(mine.tops.max), block_max<kThreads>(mine.tops.ref_max)}, to_log2);
     const KlTotals total = block_merge<kThreads>(KlTotals{static_cast<double>(mine.sum), static_cast<double>(mine.ref_sum),
                                                           static_cast<double>(mine.dot), mine.cut ? 1.0 : 0.0});
-    result = finish_kl(KlSums<A, double>{mine.tops, total.sum, total.ref_sum, total.dot, total.cut != 0}, slope);
+    result = finish_kl(KlSums<A, double>{mine.tops, total.sum, total.ref_sum, total.dot, total.cut != 0},
+                       KlCall::slope<A>(options, row));
   }
   if (lane != 0) return;
   kl[row] = static_cast<A>(weight == 0 ? 0.0 : weight * result.kl);
