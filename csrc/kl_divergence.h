@@ -361,12 +361,12 @@ inline Tensor kl_divergence_backward(Tensor grad, Tensor logits, Tensor ref_logi
 
 template <class T, class U> constexpr int kUnit = kPack<T> > kPack<U> ? kPack<T> : kPack<U>;
 constexpr int kUnitsInFlight = 2;
-// Blocks a multiprocessor holds at least. Forward over 16-bit logits a thread needs 96 registers, 117 beside float32: two blocks, which
+// Blocks a multiprocessor holds at least. Forward over 16-bit logits a thread needs about 100 registers: two blocks, which
 // have 32 and 48 KiB on their way.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kNarrowKlWarps = 5;  // six would spill there
 #else
-constexpr int kNarrowKlWarps = 6;
+constexpr int kNarrowKlWarps = 7;
 #endif
 template <int kThreads, bool kForward, class T, class U>
 constexpr int kKlBlocks = kThreads == kWarp ? (sizeof(T) == 2 ? kNarrowKlWarps : 6)
