@@ -251,7 +251,8 @@ class Transcription:
         old_values, returns = torch.cat([self.old_values[r] for r in rows]), torch.cat([self.returns[r] for r in rows])
         near = values
         if c.cliprange_value is not None:
-            near = old_values + (values - old_values).clamp(-c.cliprange_value, c.cliprange_value)
+            # Not old + (new - old), whose rounding counts as a clip where both are near 0.
+            near = values.clamp(old_values - c.cliprange_value, old_values + c.cliprange_value)
         errors, near_errors = (values - returns) ** 2, (near - returns) ** 2
         value_loss = 0.5 * torch.maximum(errors, near_errors).sum() / tokens
         loss = policy_loss + c.vf_coef * value_loss - c.entropy_coef * entropy.mean()
