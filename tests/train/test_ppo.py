@@ -251,7 +251,7 @@ class Transcription:
         old_values, returns = torch.cat([self.old_values[r] for r in rows]), torch.cat([self.returns[r] for r in rows])
         near = values
         if c.cliprange_value is not None:
-            # Not old + (new - old), whose rounding counts as a clip where both are near 0.
+            # Not old + (new - old), whose rounding counts as a clip where the two differ in sign.
             near = values.clamp(old_values - c.cliprange_value, old_values + c.cliprange_value)
         errors, near_errors = (values - returns) ** 2, (near - returns) ** 2
         value_loss = 0.5 * torch.maximum(errors, near_errors).sum() / tokens
